@@ -1,0 +1,204 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * The wire protocol between the node agent and the runtime in a pod: the one
+ * place where it is written down.  `node_agent/valve_agent/wire.py` mirrors it;
+ * tests/native/test_wire.py compares every size and offset.
+ *
+ * Transport: a Unix SOCK_SEQPACKET socket.  One frame is one packet; a frame is
+ * a header and a body of the fixed size that belongs to its type.  A packet of
+ * any other size, an unknown type or a wrong magic is a protocol error: the
+ * receiver says so (VALVE_REJECT from the agent) and closes the connection.
+ * Descriptors travel as SCM_RIGHTS beside the frame that names them.
+ *
+ * All integers are little-endian and naturally aligned; no struct has padding
+ * that is not named.  Clocks are CLOCK_MONOTONIC nanoseconds.
+ */
+#ifndef VALVE_PROTOCOL_H
+#define VALVE_PROTOCOL_H
+
+#include <stdint.h>
+
+#define VALVE_MAGIC 0x564c4156u /* "VALV" */
+#define VALVE_VERSION_MIN 1u    /* oldest protocol version this side speaks */
+#define VALVE_VERSION_MAX 1u    /* newest */
+
+#define VALVE_SLABS_MAX 4096u /* slabs in one arena */
+#define VALVE_BITMAP_WORDS (VALVE_SLABS_MAX / 64u)
+#define VALVE_REQUESTS_MAX 1024u /* requests in one ownership ledger */
+#define VALVE_TEXT_BYTES 240u
+#define VALVE_NAME_BYTES 64u
+
+enum valve_role { VALVE_ROLE_NONE = 0, VALVE_ROLE_ONLINE = 1, VALVE_ROLE_OFFLINE = 2 };
+enum valve_device { VALVE_DEVICE_CPU = 1, VALVE_DEVICE_NVIDIA = 2 };
+
+enum valve_type {
+    VALVE_HELLO = 1,         /* runtime -> agent: first frame of a connection          */
+    VALVE_WELCOME = 2,       /* agent -> runtime: fds {page, doorbell}                 */
+    VALVE_REJECT = 3,        /* agent -> either: a sentence; the connection closes     */
+    VALVE_ARENA_OPEN = 4,    /* runtime -> agent: give me an arena                     */
+    VALVE_ARENA = 5,         /* agent -> runtime: fds {arena, quarantine, ledger}      */
+    VALVE_ARENA_RESTORE = 6, /* runtime -> agent: what I hold; fds {arena, quarantine, ledger} */
+    VALVE_WANT = 7,          /* runtime -> agent: I would use this many slabs in all   */
+    VALVE_GRANT = 8,         /* agent -> runtime: these slabs are yours, map them      */
+    VALVE_RECLAIM = 9,       /* agent -> runtime: remap these to quarantine now        */
+    VALVE_RECLAIMED = 10,    /* runtime -> agent: done                                 */
+    VALVE_RETURN = 11,       /* runtime -> agent: these slabs are remapped, take them  */
+    VALVE_TENANT = 12,       /* launcher -> agent: my descendants are this tenant      */
+    VALVE_TENANT_OK = 13,    /* agent -> launcher                                      */
+    VALVE_DENIED = 14,       /* agent -> runtime: ARENA_OPEN refused; connection lives */
+};
+
+enum valve_reject_code {
+    VALVE_EPROTO = 1,    /* malformed frame                                    */
+    VALVE_EVERSION = 2,  /* no protocol version in common                      */
+    VALVE_EIDENTITY = 3, /* the peer belongs to no tenant this agent knows     */
+    VALVE_EROLE = 4,     /* the peer claims a role its tenant does not have    */
+    VALVE_EARENA = 5,    /* arena larger than the tenant's limit or the device */
+    VALVE_EPERM = 6,     /* the peer may not register tenants                  */
+};
+
+struct valve_header {
+    uint32_t magic;   /* VALVE_MAGIC */
+    uint16_t version; /* negotiated version; in HELLO, TENANT: the sender's newest */
+    uint16_t type;    /* enum valve_type */
+    uint32_t size;    /* bytes of the whole frame, this header included */
+    uint32_t seq;     /* sender's counter, for logs */
+};
+
+/* A slab set: bit i of word i/64 is slab i of the tenant's arena. */
+struct valve_bitmap {
+    uint64_t words[VALVE_BITMAP_WORDS];
+};
+
+struct valve_hello {
+    struct valve_header header;
+    uint16_t version_min;
+    uint16_t version_max;
+    uint32_t role_claimed; /* enum valve_role: what the process was told it is */
+    uint32_t main_pid;     /* thread-group id of the engine process in its own pid namespace */
+    uint32_t flags;        /* VALVE_HELLO_* */
+    uint64_t arena_slabs;  /* slabs of an arena it already has: ARENA_RESTORE follows; else 0 */
+    char library[32];      /* version of libvalve, NUL padded */
+    char comm[16];         /* /proc/self/comm, NUL padded */
+};
+#define VALVE_HELLO_HELPER 1u /* the peer is the address-space helper, a child of main_pid */
+#define VALVE_HELLO_BARRIER 2u /* main_pid registered for MEMBARRIER_CMD_GLOBAL_EXPEDITED */
+
+struct valve_welcome {
+    struct valve_header header;
+    uint32_t role;   /* enum valve_role, as the agent knows it */
+    uint32_t device; /* enum valve_device */
+    uint64_t tenant; /* the agent's id of the tenant, for logs */
+    uint64_t slab_bytes;
+    uint32_t slabs_limit; /* most slabs this tenant may ever hold */
+    uint32_t lease_ms;    /* an offline runtime pauses itself when the heartbeat is older */
+};
+
+struct valve_reject {
+    struct valve_header header;
+    uint32_t code; /* enum valve_reject_code */
+    uint32_t reserved;
+    char text[VALVE_TEXT_BYTES]; /* a sentence that says what to do, NUL padded */
+};
+
+struct valve_arena_open {
+    struct valve_header header;
+    uint64_t slabs; /* address space wanted, in slabs; nothing is mapped yet */
+};
+
+struct valve_arena {
+    struct valve_header header;
+    uint64_t slabs;
+    uint64_t slab_bytes;
+    uint64_t quarantine_bytes; /* divides slab_bytes */
+    uint64_t ledger_bytes;
+};
+
+struct valve_arena_restore {
+    struct valve_header header;
+    uint64_t slabs;
+    struct valve_bitmap held;
+};
+
+struct valve_want {
+    struct valve_header header;
+    uint32_t total;  /* slabs in all, held ones included */
+    uint32_t urgent; /* 1: online, requests are waiting for it */
+};
+
+/* GRANT, RECLAIM, RECLAIMED and RETURN share one body. */
+struct valve_slabs {
+    struct valve_header header;
+    uint64_t id; /* RECLAIM: the operation; RECLAIMED repeats it; else 0 */
+    uint64_t at_ns;
+    struct valve_bitmap set;
+};
+
+struct valve_tenant {
+    struct valve_header header;
+    uint16_t version_min;
+    uint16_t version_max;
+    uint32_t role;         /* enum valve_role */
+    uint64_t memory_bytes; /* offline: most device memory; 0: the policy's default */
+    char name[VALVE_NAME_BYTES];
+};
+
+struct valve_tenant_ok {
+    struct valve_header header;
+    uint64_t tenant;
+    uint32_t role;
+    uint32_t reserved;
+};
+
+/* The page: 4096 bytes shared by the agent and one runtime process.  A field has
+ * one writer.  The agent makes a new page for every connection. */
+struct valve_page {
+    uint32_t magic;
+    uint16_t version;
+    uint16_t reserved0;
+    uint64_t heartbeat_ns; /* agent: its last sign of life */
+    uint32_t gate;         /* agent: 0 unknown, 1 open, 2 paused */
+    uint32_t reserved1;
+    uint8_t agent_reserved[40];
+
+    uint32_t busy;           /* runtime, @64: 1 while a request is in this process */
+    uint32_t busy_seq;       /* runtime: +1 at every change of busy */
+    uint64_t busy_since_ns;  /* runtime: when busy became 1 */
+    uint64_t decode_gap_ns;  /* runtime: longest recent gap between decode iterations */
+    uint64_t requests;       /* runtime: requests seen */
+    uint64_t tokens;         /* runtime: tokens generated */
+    uint64_t recomputed;     /* runtime: requests recomputed after a reclaim */
+    uint64_t lost_blocks;    /* runtime: KV blocks lost to reclaims */
+    uint64_t recomputed_tokens; /* runtime */
+    uint8_t runtime_reserved[3968];
+};
+
+/* The ownership ledger: which request owns part of which slab, so that the agent
+ * can choose victims while the runtime is stopped.  Double buffered: the runtime
+ * fills copy (1 - active) and then stores `active`; a runtime stopped in the
+ * middle of an update leaves the last whole copy in force.
+ *
+ * After the header come two copies, each of
+ *   uint32_t tokens[VALVE_REQUESTS_MAX]   tokens to recompute if request r is lost
+ *   uint64_t pinned[VALVE_BITMAP_WORDS]   slabs that must never be reclaimed
+ *   uint64_t owners[slabs][VALVE_REQUESTS_MAX / 64]   requests that own part of slab s
+ */
+struct valve_ledger {
+    uint32_t magic;
+    uint16_t version;
+    uint16_t reserved;
+    uint32_t slabs;
+    uint32_t active;    /* 0 or 1 */
+    uint64_t updates;   /* +1 at every store of `active` */
+    uint8_t unused[40]; /* header is 64 bytes */
+};
+#define VALVE_LEDGER_COPY_BYTES(slabs) \
+    (4ull * VALVE_REQUESTS_MAX + 8ull * VALVE_BITMAP_WORDS + (slabs) * (VALVE_REQUESTS_MAX / 8ull))
+#define VALVE_LEDGER_BYTES(slabs) (64ull + 2ull * VALVE_LEDGER_COPY_BYTES(slabs))
+
+_Static_assert(sizeof(struct valve_header) == 16, "header");
+_Static_assert(sizeof(struct valve_page) == 4096, "page");
+_Static_assert(__builtin_offsetof(struct valve_page, busy) == 64, "runtime's half has its own cache line");
+_Static_assert(sizeof(struct valve_ledger) == 64, "ledger header");
+
+#endif
