@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Lanes: every test belongs to exactly one, by the folder it lives in, and the summary counts them.
+
+A lane that cannot run is skipped with its reason on a user's machine and fails where CI=true, except
+`gpu`, which exists only where there is a GPU.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Generator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent
+LANES = {
+    "unit": "tests/unit",
+    "native": "tests/native",
+    "integration": "tests/integration",
+    "engines": "tests/engines",
+    "e2e": "e2e/scenarios",
+    "gpu": "e2e/gpu",
+}
+CI = os.environ.get("CI") == "true"
+counts: dict[str, Counter[str]] = {lane: Counter() for lane in LANES}
+lane_of_item: dict[str, str] = {}
+
+
+def lane_of(path: Path) -> str:
+    """The lane of a test file; a test outside every lane is an error, never silently unrun."""
+    relative = path.resolve().relative_to(ROOT).as_posix()
+    for lane, folder in LANES.items():
+        if relative.startswith(folder + "/"):
+            return lane
+    raise pytest.UsageError(f"{relative} belongs to no lane: put it under one of {', '.join(LANES.values())}")
+
+
+def gpu_present() -> bool:
+    return Path("/dev/nvidiactl").exists()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    order = list(LANES)
+    kept, left_out = [], []
+    for item in items:
+        lane = lane_of(item.path)
+        item.add_marker(lane)
+        lane_of_item[item.nodeid] = lane
+        (left_out if lane == "gpu" and not gpu_present() else kept).append(item)
+    kept.sort(key=lambda item: order.index(lane_of_item[item.nodeid]))
+    items[:] = kept
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if CI and report.skipped and not hasattr(report, "wasxfail"):
+        report.outcome = "failed"
+        report.longrepr = f"CI=true allows no skipped test; the reason was: {call.excinfo and call.excinfo.value}"
+    return report
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    lane = lane_of_item.get(report.nodeid)
+    if lane and (report.when == "call" or report.outcome != "passed"):
+        counts[lane][report.outcome] += 1
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    terminalreporter.section("tests per lane")
+    for lane, counter in counts.items():
+        note = "" if lane != "gpu" or gpu_present() else " (no /dev/nvidiactl on this machine)"
+        terminalreporter.line(
+            f"{lane:12} {counter['passed']:5} passed {counter['failed']:3} failed {counter['skipped']:3} skipped{note}"
+        )
