@@ -2,9 +2,53 @@
 """How much free memory is kept for online's next growth: MIAD, so that reclaims are rare (P4).
 
 Why it exists: a reclaim stops offline and may cost it work, free memory costs nothing but
-throughput.  The reservation R doubles (or so) whenever it was too small and shrinks a little
+throughput.  The reservation R is multiplied whenever it was too small and shrinks a little
 after every quiet period.  Unit: slabs, integers.  Pure: no I/O, no clock, no threads; the
 pool of the device calls it.
+
+The model the bounds speak of.  F <= R is what is free and kept for online; offline holds or
+may be granted all that is neither F nor online's.
+
+* Online grows by g <= F: F -= g.  Nothing else happens.
+* Online grows by g > F while offline holds something: a *reclaim*.  s = g - F >= 1,
+  R = min(max, max(ceil(alpha R), R + s)), and one operation takes s + R slabs from offline:
+  afterwards F = R.  If offline holds less, all of it goes, and offline gets memory again only
+  once online has freed enough to fill F to R.  So in every case: when a reclaim can happen,
+  online has grown by more than the least R since the one before.
+* Online frees f: F = min(R, F + f), the rest may go to offline.  After tau without a
+  shortfall R = max(min, R - beta), F = min(R, F).
+
+*Demand* is gross growth: what is freed and taken again counts twice.
+
+Burst.  A burst is a stretch without a decrease of R.  Let rho_0 = min and rho_(i+1) =
+min(max, max(ceil(alpha rho_i), rho_i + 1)).  The step is monotone, so after i reclaims
+R >= rho_i.  The first reclaim needs a demand of 1 (F may be 0), each later one more than the R
+that the one before left.  Hence n reclaims need a demand of at least
+1 + sum_(0<i<n) (rho_i + 1), and burst_bound(D) is the largest n for which that is <= D.  It is
+attained, by growing F + 1 slabs every time.  In closed form:
+
+* for D <= max and min >= 1: n <= max(1, ceil(log_alpha(D / min))), for n > 1 reclaims need
+  D > rho_(n-1), which is below max and therefore >= alpha^(n-1) min.  Without "max(1, .)" the
+  formula is false: a used-up reserve lets a demand of 1 slab cause a reclaim.
+* for any D: n <= max(1, ceil(log_alpha(max / min))) + D / (max + 1).  Once R is at max it can
+  grow no more and every max + 1 slabs of demand cost one reclaim: *a demand beyond max is not
+  bounded by a logarithm*.  Choose max for the bursts that are to be absorbed.
+
+Long run.  In a time T let d <= T / tau be the decreases.  A reclaim that finds R < max either
+leaves R < max, having added at least I = max(1, ceil((alpha - 1) min)), or lands on max, having
+added at least 1; between two landings R decreased, so there are at most d + 1 of them.
+Everything added was taken away or is still there: at most beta d + max - min.  So of both
+kinds there are at most d (1 + (beta - 1) / I) + a constant.  A reclaim that finds R = max comes
+less than tau after the shortfall that set it (else R had decreased; min = max aside), with
+more than max of demand in between.  Therefore
+
+* if online's demand never exceeds max in a time tau: at most (1 + (beta - 1) / I) / tau
+  reclaims per second, whatever else online does (for min = max: they are tau apart at least);
+* with a long-run demand of v slabs per second and no such promise: v / (max + 1) more, and
+  in any case at most v / (min + 1), as every reclaim needs more than min of demand.
+
+The formula "one reclaim per tau (1 - 1/alpha) R / beta" is false near max, where a reclaim adds
+less than (alpha - 1) R: at max, a decrease and a shortfall can alternate every tau.
 """
 
 from __future__ import annotations
@@ -82,13 +126,38 @@ class Reservation:
         return self._mark_ns + self.quiet_period_ns if self._slabs > self.min_slabs else None
 
     def burst_bound(self, demand_slabs: int) -> int:
-        """The most reclaims that ``demand_slabs`` of growth can cause in one burst."""
-        raise NotImplementedError
+        """The most reclaims that a demand of this many slabs can cause in one burst (attained)."""
+        left = demand_slabs - 1
+        if left < 0:
+            return 0
+        reclaims, reserve = 1, self._raised(self.min_slabs, 1)
+        while left > reserve and reserve < self.max_slabs:
+            left -= reserve + 1
+            reclaims += 1
+            reserve = self._raised(reserve, 1)
+        return reclaims + left // (reserve + 1)
 
     def long_run_bound_per_second(self, growth_slabs_per_second: float | None = None) -> float:
-        """The most reclaims per second over a long time."""
-        raise NotImplementedError
+        """The most reclaims per second in the long run (a finite run may have a constant more).
+
+        growth_slabs_per_second: online's long-run demand.  None: any, but never more than
+        max_slabs in one quiet period.
+        """
+        per_second = self._reclaims_per_decrease() * 1e9 / self.quiet_period_ns
+        if growth_slabs_per_second is None:
+            return per_second
+        return min(
+            growth_slabs_per_second / (self.min_slabs + 1),
+            per_second + growth_slabs_per_second / (self.max_slabs + 1),
+        )
+
+    def _reclaims_per_decrease(self) -> float:
+        least_raise = max(1, self._raised_unbounded(self.min_slabs) - self.min_slabs)
+        return 1 + (self.decrease_slabs - 1) / least_raise
 
     def _raised(self, slabs: int, shortfall_slabs: int) -> int:
-        scaled = -(-slabs * self.increase_factor.numerator // self.increase_factor.denominator)
-        return min(self.max_slabs, max(scaled, slabs + shortfall_slabs))
+        return min(self.max_slabs, max(self._raised_unbounded(slabs), slabs + shortfall_slabs))
+
+    def _raised_unbounded(self, slabs: int) -> int:
+        factor = self.increase_factor
+        return -(-slabs * factor.numerator // factor.denominator)
