@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compute control on the `cpu` device: stop whole processes, and know when they have stopped.
+
+Why it exists: `pause` must return only when no thread of any target executes user code, and soon.
+
+How `pause` knows. SIGSTOP goes to each process. The thread that takes it flags every thread of the
+process to stop before it next returns to user mode, and only then enters state T itself; so one thread
+in T proves that all are flagged. A flagged thread can still execute on another CPU until something
+interrupts it: one `membarrier(GLOBAL_EXPEDITED)` interrupts every CPU that runs a thread of a registered
+process and returns after they were, so none can execute a user instruction any more. Seeing every single
+thread stopped would need each of them to be scheduled in first, which takes longer the more there are.
+
+* The fast path looks only at the thread-group leader: the kernel prefers it for the signal.
+* A process that is not registered for the barrier is confirmed thread by thread.
+* A leader that does not stop within `ESCALATE_NS` (it is a zombie, or sits in an uninterruptible wait such
+  as vfork while siblings compute) is not waited for: every thread gets a SIGSTOP of its own and the threads
+  are read one by one. A thread in state D that was signalled counts as off: it executes nothing, and its
+  way back to user mode leads through the signal.
+
+Threading model: the gate's only thread. Caller: gate.py, tests. Standard library only.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Sequence
+
+from valve_agent.devices.base import PauseTimeout, TargetRefused
+from valve_agent.devices.cpu.kernel import membarrier_global_expedited, tgkill
+
+POLL_S = 20e-6
+"""Between two looks at the leaders. Looking without a pause would keep the CPU from them."""
+SLOW_POLL_S = 200e-6
+ESCALATE_NS = 1_000_000
+PAUSE_TIMEOUT_NS = 20_000_000
+"""How long one `pause` may keep the gate's thread."""
+
+_STOPPED = ord("T")
+_OFF = frozenset(b"TtZXxD")  # states of a thread that executes nothing until a signal or a tracer lets it
+_HEAD_BYTES = 64  # "pid (comm) state": at most 7 + 2 + 15 + 2 + 1 bytes; after it come digits only
+
+_stop, _cont = signal.SIGSTOP, signal.SIGCONT
+_send = signal.pidfd_send_signal
+_preadv = os.preadv
+_sleep = time.sleep
+_clock = time.monotonic_ns
+
+
+class ProcessTarget:
+    """One offline process. Its descriptors are bound to the process, not to its number."""
+
+    __slots__ = ("barrier", "gone", "pid", "pidfd", "proc_fd", "stat_fd")
+
+    def __init__(self, pid: int, pidfd: int, barrier: bool, proc_fd: int, stat_fd: int) -> None:
+        self.pid = pid
+        self.pidfd = pidfd
+        self.barrier = barrier
+        self.proc_fd = proc_fd
+        self.stat_fd = stat_fd
+        self.gone = False
+
+
+class CpuCompute:
+    """ComputeControl of the `cpu` device."""
+
+    def __init__(self) -> None:
+        self._buffer = bytearray(_HEAD_BYTES)
+        self._into = [self._buffer]
+        self.has_membarrier = membarrier_global_expedited()
+
+    def open(self, pid: int, pidfd: int, barrier: bool) -> ProcessTarget:
+        """See ComputeControl.open. `pid` must be the process of `pidfd`."""
+        proc_fd = stat_fd = -1
+        try:
+            _send(pidfd, 0)
+            proc_fd = os.open(f"/proc/{pid}", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            # The thread's own file: /proc/PID/stat sums over all threads under the signal lock.
+            stat_fd = os.open(f"task/{pid}/stat", os.O_RDONLY | os.O_CLOEXEC, dir_fd=proc_fd)
+            # Alive now, so its number was not given to another process before we opened it.
+            _send(pidfd, 0)
+        except OSError as error:
+            for fd in (proc_fd, stat_fd):
+                if fd >= 0:
+                    os.close(fd)
+            raise TargetRefused(
+                f"process {pid} cannot be paused: {error.strerror}. The agent must run as root or as "
+                "the user of every offline process, with /proc mounted"
+            ) from error
+        return ProcessTarget(pid, pidfd, barrier and self.has_membarrier, proc_fd, stat_fd)
+
+    def close(self, target: ProcessTarget) -> None:
+        for fd in (target.pidfd, target.proc_fd, target.stat_fd):
+            os.close(fd)
+
+    def pause(self, targets: Sequence[ProcessTarget]) -> None:
+        started = _clock()
+        for target in targets:
+            try:
+                _send(target.pidfd, _stop)
+            except ProcessLookupError:
+                target.gone = True
+        pending = [target for target in targets if target.barrier and not target.gone]
+        singly = [target for target in targets if not target.barrier and not target.gone]
+        fence = bool(pending)
+        state = self._leader_state
+        while pending:
+            _sleep(POLL_S)
+            pending = [target for target in pending if state(target) != _STOPPED and not target.gone]
+            if pending and _clock() - started > ESCALATE_NS:
+                singly += pending
+                break
+        if singly:
+            self._pause_singly(singly, started)
+        if fence and not membarrier_global_expedited():
+            # It worked when the targets were opened, so this is the kernel refusing what it granted.
+            self.has_membarrier = False
+            for target in targets:
+                target.barrier = False
+            self._pause_singly([target for target in targets if not target.gone], started)
+
+    def resume(self, targets: Sequence[ProcessTarget]) -> None:
+        for target in targets:
+            try:
+                _send(target.pidfd, _cont)
+            except ProcessLookupError:
+                target.gone = True
+
+    def running(self, targets: Sequence[ProcessTarget]) -> Sequence[ProcessTarget]:
+        """Paused targets that somebody continued. Where the leader is no witness (zombie, D), the threads
+        are."""
+        suspects = []
+        for target in targets:
+            state = self._leader_state(target)
+            if state == _STOPPED or target.gone:
+                continue
+            if any(code not in _OFF for code in self._thread_states(target).values()):
+                suspects.append(target)
+        return suspects
+
+    def _leader_state(self, target: ProcessTarget) -> int:
+        """The letter after the name in /proc/PID/task/PID/stat; 0 once the process is gone."""
+        try:
+            size = _preadv(target.stat_fd, self._into, 0)
+        except ProcessLookupError:
+            # The leader may have been reaped by an exec of another thread; the pidfd knows better.
+            target.gone = self._is_gone(target)
+            return 0
+        return self._buffer[self._buffer.rfind(b")", 0, size) + 2]
+
+    def _is_gone(self, target: ProcessTarget) -> bool:
+        try:
+            _send(target.pidfd, 0)
+        except ProcessLookupError:
+            return True
+        return False
+
+    def _thread_states(self, target: ProcessTarget) -> dict[int, int]:
+        """tid -> state letter of every thread that lives."""
+        states: dict[int, int] = {}
+        try:
+            task_fd = os.open("task", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=target.proc_fd)
+        except (ProcessLookupError, FileNotFoundError):
+            target.gone = self._is_gone(target)
+            return states
+        try:
+            for tid in os.listdir(task_fd):
+                try:
+                    fd = os.open(f"{tid}/stat", os.O_RDONLY | os.O_CLOEXEC, dir_fd=task_fd)
+                except (ProcessLookupError, FileNotFoundError):
+                    continue
+                try:
+                    size = _preadv(fd, self._into, 0)
+                except ProcessLookupError:
+                    continue
+                finally:
+                    os.close(fd)
+                states[int(tid)] = self._buffer[self._buffer.rfind(b")", 0, size) + 2]
+        finally:
+            os.close(task_fd)
+        return states
+
+    def _is_off(self, target: ProcessTarget) -> bool:
+        """No thread executes user code, but for what one barrier still has to interrupt."""
+        states = self._thread_states(target)
+        if target.gone:
+            return True
+        if target.barrier and _STOPPED in states.values():
+            return True
+        if not states or any(code not in _OFF for code in states.values()):
+            return False
+        # A thread born between listing and reading is flagged if anything is in T, but perhaps not
+        # stopped: the set must be the same after the reading as before it.
+        again = self._thread_states(target)
+        return again.keys() == states.keys() and all(code in _OFF for code in again.values())
+
+    def _pause_singly(self, targets: Sequence[ProcessTarget], started: int) -> None:
+        """Confirm by reading every thread. Raises PauseTimeout."""
+        signalled: set[tuple[int, int]] = set()
+        pending = list(targets)
+        while True:
+            elapsed = _clock() - started
+            if elapsed > ESCALATE_NS:
+                for target in pending:
+                    self._signal_threads(target, signalled)
+            pending = [target for target in pending if not self._is_off(target)]
+            if not pending:
+                return
+            if elapsed > PAUSE_TIMEOUT_NS:
+                why = {target.pid: self._describe(target) for target in pending}
+                raise PauseTimeout([target.pid for target in pending], elapsed / 1e3, why)
+            _sleep(SLOW_POLL_S)
+
+    def _signal_threads(self, target: ProcessTarget, signalled: set[tuple[int, int]]) -> None:
+        for tid, code in self._thread_states(target).items():
+            if code not in b"TtZXx" and (target.pid, tid) not in signalled:
+                tgkill(target.pid, tid, _stop)
+                signalled.add((target.pid, tid))
+
+    def _describe(self, target: ProcessTarget) -> str:
+        counts: dict[str, int] = {}
+        for code in self._thread_states(target).values():
+            counts[chr(code)] = counts.get(chr(code), 0) + 1
+        return "threads by state: " + ", ".join(f"{state} {n}" for state, n in sorted(counts.items()))

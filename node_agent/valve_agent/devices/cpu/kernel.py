@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The three system calls that Python's library lacks: membarrier, tgkill, prctl.
+
+Why it exists: ctypes prototypes made once, so that a call on the hot path allocates as little as it can.
+Threading model: stateless. Callers: compute.py, gate.py. Standard library only.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import platform
+
+_NUMBERS = {
+    "x86_64": {"membarrier": 324, "tgkill": 234},
+    "aarch64": {"membarrier": 283, "tgkill": 131},
+}
+_CMD_GLOBAL_EXPEDITED = 1 << 1
+_CMD_REGISTER_GLOBAL_EXPEDITED = 1 << 2
+_PR_SET_PDEATHSIG = 1
+_PR_SET_TIMERSLACK = 29
+_MCL_CURRENT = 1
+
+# PyDLL keeps the interpreter lock: in a process of one thread giving it up only costs time.
+_libc = ctypes.PyDLL(None, use_errno=True)
+_syscall = _libc.syscall
+_syscall.argtypes = (ctypes.c_long, ctypes.c_long, ctypes.c_long, ctypes.c_long)
+_syscall.restype = ctypes.c_long
+_prctl = _libc.prctl
+_prctl.argtypes = (ctypes.c_int, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong)
+_prctl.restype = ctypes.c_int
+_mlockall = _libc.mlockall
+_mlockall.argtypes = (ctypes.c_int,)
+_mlockall.restype = ctypes.c_int
+
+_numbers = _NUMBERS.get(platform.machine(), {"membarrier": -1, "tgkill": -1})
+_membarrier_number = _numbers["membarrier"]
+_tgkill_number = _numbers["tgkill"]
+
+
+def membarrier_global_expedited() -> bool:
+    """Interrupt every CPU that runs a thread of a registered process, and wait for them. Only the
+    targets have to be registered, not the caller. False where the kernel refuses it."""
+    return bool(_syscall(_membarrier_number, _CMD_GLOBAL_EXPEDITED, 0, 0) == 0)
+
+
+def membarrier_register() -> bool:
+    """Make this process one that membarrier_global_expedited interrupts (libvalve does it in C)."""
+    return bool(_syscall(_membarrier_number, _CMD_REGISTER_GLOBAL_EXPEDITED, 0, 0) == 0)
+
+
+def tgkill(pid: int, tid: int, number: int) -> bool:
+    """Send a signal to one thread. False if it is gone. Raises OSError otherwise."""
+    if _syscall(_tgkill_number, pid, tid, number) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code == errno.ESRCH:
+        return False
+    raise OSError(code, os.strerror(code))
+
+
+def set_parent_death_signal(number: int) -> None:
+    """The kernel sends `number` to this process when the thread that made it ends. Raises OSError."""
+    if _prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0) != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+
+
+def set_timer_slack(slack_ns: int) -> None:
+    """How late the kernel may wake this thread from a sleep (default 50 us). Raises OSError."""
+    if _prctl(_PR_SET_TIMERSLACK, slack_ns, 0, 0, 0) != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+
+
+def lock_memory() -> bool:
+    """Keep what this process has in memory now there. False where it is not permitted."""
+    return bool(_mlockall(_MCL_CURRENT) == 0)

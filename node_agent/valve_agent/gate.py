@@ -1,0 +1,530 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The gate process: turns a ring of the doorbell into stopped offline processes.
+
+Why it exists: preemption must never wait for anything else the agent does, so it has a process of its own
+with one thread, a frozen garbage collector and only the modules it needs.
+
+The loop waits for the doorbell, for commands of the agent's main process and for the end of offline
+processes; its timeout is the policy's deadline or the next heartbeat. A ring is handled first: read the
+pages, ask the policy, pause; only then are events sent, counters kept, pages and holds answered.
+
+It fails closed. A process that is not confirmed within one `pause` is tried again every millisecond and
+killed after `kill_after_ns`, with an event that says why. When main is gone (end of file on the control
+socket) or the gate itself fails, every target is paused before it exits: nobody would be left to do it.
+
+Threading model: one thread, one process per device; nothing in it blocks but epoll and `pause` (at most
+20 ms). Started by gate_link.GateHandle, which also speaks the other end of its sockets. Messages are
+marshalled tuples between two copies of one interpreter, never data from a tenant.
+"""
+
+from __future__ import annotations
+
+import gc
+import marshal
+import os
+import select
+import signal
+import socket
+import sys
+import time
+from collections import deque
+from typing import Any, NamedTuple
+
+from valve_agent.devices.base import DeviceMissing, PauseTimeout, TargetRefused
+from valve_agent.devices.cpu.compute import CpuCompute, ProcessTarget
+from valve_agent.devices.cpu.kernel import lock_memory, set_timer_slack
+from valve_agent.gate_stats import StatsWriter
+from valve_agent.policy.gate import Action, GatePolicy
+from valve_agent.shared import Gate as GateState
+from valve_agent.shared import Page, SharedMemoryError
+
+RETRY_NS = 1_000_000
+EVENTS_QUEUED = 65_536
+MESSAGE_BYTES = 65_536
+_LATENCY_MAX_NS = 60_000_000_000  # a busy_since_ns older than this is no clock of ours
+_MISSED_MAX = 16  # of one look: busy_seq is written by a tenant
+_SEQ_MASK = 0xFFFFFFFF
+
+_clock = time.monotonic_ns
+
+
+class GateSettings(NamedTuple):
+    """What the gate needs to know; the defaults are the policy's (valve_api documents them)."""
+
+    cooldown_factor: float = 2.0
+    cooldown_min_ns: int = 2_000_000
+    cooldown_max_ns: int = 1_000_000_000
+    recovery_grace_ns: int = 1_000_000_000
+    lease_ns: int = 1_000_000_000
+    kill_after_ns: int = 1_000_000_000
+    """An offline process that cannot be paused for so long is killed: it would disturb online unseen."""
+
+
+class _Engine:
+    """An online process as last seen in its page."""
+
+    __slots__ = ("busy", "conn", "page", "pid", "seq")
+
+    def __init__(self, conn: int, pid: int, page: Page) -> None:
+        self.conn = conn
+        self.pid = pid
+        self.page = page
+        self.seq = 0
+        self.busy = False
+
+
+class _Cause(NamedTuple):
+    """What made the policy act: for the event and for the latency sample."""
+
+    reason: str
+    conn: int
+    since_ns: int  # 0: no latency is defined
+
+
+_NO_CAUSE = _Cause("", 0, 0)
+
+
+class Gate:
+    """One device's gate; see the module. `run` returns when main is gone or says so."""
+
+    def __init__(
+        self,
+        compute: CpuCompute,
+        settings: GateSettings,
+        control: socket.socket,
+        holds: socket.socket,
+        events: socket.socket,
+        doorbell_fd: int,
+        stats: StatsWriter,
+    ) -> None:
+        now = _clock()
+        self._compute = compute
+        self._settings = settings
+        self._control = control
+        self._hold_socket = holds
+        self._events = events
+        self._doorbell_fd = doorbell_fd
+        self._stats = stats
+        self._policy = GatePolicy(
+            settings.cooldown_factor,
+            settings.cooldown_min_ns,
+            settings.cooldown_max_ns,
+            settings.recovery_grace_ns,
+            now,
+        )
+        self._engines: dict[int, _Engine] = {}
+        self._targets: list[ProcessTarget] = []  # all offline processes, registered and scanned
+        self._by_conn: dict[int, tuple[ProcessTarget, Page]] = {}
+        self._scanned: dict[int, ProcessTarget] = {}
+        self._pages: list[Page] = []
+        self._evicted = True  # every target is known to be off; never True while open
+        self._unconfirmed_ns = 0  # since when the policy says paused and a target is not known to be off
+        self._retry_ns = 0
+        self._open_cause = _NO_CAUSE
+        self._wake_ns = now
+        self._waiting_holds: list[tuple[int, int]] = []
+        self._beat_every_ns = settings.lease_ns // 4
+        self._beat_ns = now
+        self._outbox: deque[bytes] = deque()
+        self._done = False
+        self._epoll = select.epoll()
+        for fd in (doorbell_fd, control.fileno(), holds.fileno()):
+            self._epoll.register(fd, select.EPOLLIN)
+        self._pidfds: dict[int, ProcessTarget] = {}
+
+    # -- the loop --------------------------------------------------------------------------
+
+    def run(self) -> None:
+        poll = self._epoll.poll
+        try:
+            while not self._done:
+                ready = poll(self._timeout_s(), 16)
+                now = self._wake_ns = _clock()
+                fds = [fd for fd, _ in ready]
+                if self._doorbell_fd in fds:
+                    self._drain_doorbell()
+                    self._look()
+                for fd in fds:
+                    if fd == self._control.fileno():
+                        self._on_control()
+                    elif fd == self._hold_socket.fileno():
+                        self._on_hold()
+                    elif fd in self._pidfds:
+                        self._drop_dead(self._pidfds[fd])
+                self._periodic(now)
+                if self._outbox:
+                    self._flush()
+        finally:
+            self._fail_closed()
+
+    def _timeout_s(self) -> float:
+        until = self._beat_ns + self._beat_every_ns
+        deadline = self._policy.deadline_ns()
+        if deadline is not None and deadline < until:
+            until = deadline
+        if self._unconfirmed_ns and self._retry_ns < until:
+            until = self._retry_ns
+        if self._outbox:
+            until = min(until, _clock() + 10 * RETRY_NS)
+        return max(0.0, (until - _clock()) / 1e9)
+
+    def _periodic(self, now: int) -> None:
+        self._act(self._policy.tick(now), _NO_CAUSE)
+        if self._unconfirmed_ns and now >= self._retry_ns:
+            self._retry(now)
+        if now - self._beat_ns >= self._beat_every_ns:
+            late = now - self._beat_ns > self._settings.lease_ns
+            self._beat(now)
+            # A ring can get lost with a runtime that dies between its store and its write.
+            self._look()
+            if self._policy.paused:
+                self._recheck()
+            elif late:
+                # We were not scheduled for longer than the lease, so runtimes may have stopped themselves.
+                self._compute.resume(self._targets)
+
+    def _beat(self, now: int) -> None:
+        """Sign of life and gate state into every page."""
+        self._beat_ns = now
+        state = GateState.PAUSED if self._evicted else GateState.OPEN
+        if self._unconfirmed_ns:
+            state = GateState.UNKNOWN
+        for page in self._pages:
+            page.gate = state
+            page.heartbeat_ns = now
+
+    # -- hot path --------------------------------------------------------------------------
+
+    def _drain_doorbell(self) -> None:
+        try:
+            os.eventfd_read(self._doorbell_fd)
+        except BlockingIOError:
+            return  # another look has taken it
+
+    def _look(self) -> None:
+        """Read every online page and tell the policy what changed."""
+        for engine in self._engines.values():
+            page = engine.page
+            seq = page.busy_seq
+            busy = page.busy
+            if seq != engine.seq or busy != engine.busy:
+                self._changed(engine, seq, busy)
+
+    def _changed(self, engine: _Engine, seq: int, busy: bool) -> None:
+        """`busy` counts as a level, `seq` as a count of its changes. The two are separate stores, so one
+        may be ahead of the other: parity tells, and the missing half is expected at the next look."""
+        changes = (seq - engine.seq) & _SEQ_MASK
+        policy = self._policy
+        flipped = busy != engine.busy
+        if flipped != (changes & 1 == 1):
+            seq = (seq + 1 if flipped else seq - 1) & _SEQ_MASK
+            changes = (seq - engine.seq) & _SEQ_MASK
+        engine.seq = seq
+        engine.busy = busy
+        if flipped and busy:
+            since = engine.page.busy_since_ns
+            cause = _Cause("busy", engine.conn, since)
+            self._act(policy.busy(engine.conn, self._wake_ns), cause)
+            self._emit("busy", since or self._wake_ns, conn=engine.conn, pid=engine.pid)
+        elif flipped:
+            gap = engine.page.decode_gap_ns
+            self._act(policy.idle(engine.conn, gap, self._wake_ns), _NO_CAUSE)
+            self._emit("idle", self._wake_ns, conn=engine.conn, pid=engine.pid, decode_gap_us=gap / 1e3)
+        missed = changes // 2
+        if missed:
+            since = engine.page.busy_since_ns
+            for _ in range(min(missed, _MISSED_MAX)):
+                self._act(
+                    policy.missed_busy(engine.conn, self._wake_ns), _Cause("missed_busy", engine.conn, since)
+                )
+            self._stats.count("missed_busy", missed)
+            self._emit("missed_busy", self._wake_ns, conn=engine.conn, pid=engine.pid, periods=missed)
+
+    def _act(self, action: Action, cause: _Cause) -> None:
+        if action is Action.PAUSE:
+            self._pause(cause)
+        elif action is Action.RESUME:
+            self._resume()
+
+    def _pause(self, cause: _Cause) -> None:
+        self._open_cause = cause
+        try:
+            self._compute.pause(self._targets)
+        except PauseTimeout as error:
+            self._unconfirmed(error)
+            return
+        self._confirmed(_clock())
+
+    def _confirmed(self, now: int) -> None:
+        """Offline is off the device: everything here happens after the pause."""
+        cause = self._open_cause
+        self._evicted = True
+        self._unconfirmed_ns = 0
+        stop_ns = now - self._wake_ns
+        latency_ns = now - cause.since_ns if cause.since_ns else 0
+        self._stats.count("pauses")
+        if cause.since_ns and 0 < latency_ns < _LATENCY_MAX_NS:
+            self._stats.sample(latency_ns, stop_ns)
+        elif cause.since_ns:
+            self._stats.count("bad_clocks")
+            latency_ns = 0
+        self._beat(now)
+        self._answer_holds(now)
+        self._emit(
+            "pause",
+            now,
+            reason=cause.reason,
+            conn=cause.conn,
+            latency_us=latency_ns / 1e3 if latency_ns else None,
+            stop_us=stop_ns / 1e3,
+            targets=len(self._targets),
+        )
+
+    def _resume(self) -> None:
+        self._evicted = False
+        self._unconfirmed_ns = 0
+        self._compute.resume(self._targets)
+        now = _clock()
+        self._beat(now)
+        self._stats.count("resumes")
+        self._emit("resume", now, targets=len(self._targets))
+
+    # -- what did not go well --------------------------------------------------------------
+
+    def _unconfirmed(self, error: PauseTimeout) -> None:
+        now = _clock()
+        if not self._unconfirmed_ns:
+            self._unconfirmed_ns = self._wake_ns
+            self._stats.count("timeouts")
+            self._emit("pause_timeout", now, pids=list(error.pids), why=str(error))
+        self._evicted = False
+        self._retry_ns = now + RETRY_NS
+
+    def _retry(self, now: int) -> None:
+        if now - self._unconfirmed_ns > self._settings.kill_after_ns:
+            self._kill_unpausable(now)
+        try:
+            self._compute.pause(self._targets)
+        except PauseTimeout as error:
+            self._unconfirmed(error)
+            return
+        self._wake_ns = self._unconfirmed_ns
+        self._confirmed(_clock())
+
+    def _kill_unpausable(self, now: int) -> None:
+        for target in self._compute.running(self._targets):
+            why = (
+                f"process {target.pid} could not be paused for "
+                f"{(now - self._unconfirmed_ns) / 1e6:.0f} ms, so it was killed: an offline process that "
+                "Valve cannot pause must not share the device"
+            )
+            signal.pidfd_send_signal(target.pidfd, signal.SIGKILL)
+            self._stats.count("kills")
+            self._emit("kill", now, pid=target.pid, why=why)
+
+    def _recheck(self) -> None:
+        """Stop again what somebody else continued."""
+        if self._unconfirmed_ns:
+            return
+        running = self._compute.running(self._targets)
+        if not running:
+            return
+        self._stats.count("violations", len(running))
+        try:
+            self._compute.pause(running)
+        except PauseTimeout as error:
+            self._open_cause = _Cause("violation", 0, 0)
+            self._unconfirmed(error)
+        self._emit("violation", _clock(), pids=[target.pid for target in running])
+
+    def _fail_closed(self) -> None:
+        try:
+            self._compute.pause(self._targets)
+        except PauseTimeout as error:
+            print(f"valve gate: exiting with offline processes not paused: {error}", file=sys.stderr)
+
+    # -- targets ---------------------------------------------------------------------------
+
+    def _admit(self, target: ProcessTarget) -> None:
+        """From now on it does as the gate says; before the answer goes out it is paused if the gate is."""
+        self._targets.append(target)
+        self._pidfds[target.pidfd] = target
+        self._epoll.register(target.pidfd, select.EPOLLIN)
+        if not self._policy.paused:
+            # It may have stopped itself when its lease ended.
+            self._compute.resume([target])
+            return
+        try:
+            self._compute.pause([target])
+        except PauseTimeout as error:
+            self._open_cause = _Cause("attach", 0, 0)
+            self._unconfirmed(error)
+
+    def _forget(self, target: ProcessTarget) -> None:
+        self._targets.remove(target)
+        del self._pidfds[target.pidfd]
+        self._epoll.unregister(target.pidfd)
+        self._compute.close(target)
+
+    def _drop_dead(self, target: ProcessTarget) -> None:
+        self._emit("target_gone", self._wake_ns, pid=target.pid)
+        for conn, (known, page) in list(self._by_conn.items()):
+            if known is target:
+                del self._by_conn[conn]
+                self._drop_page(page)
+        if self._scanned.get(target.pid) is target:
+            del self._scanned[target.pid]
+        self._forget(target)
+
+    def _drop_page(self, page: Page) -> None:
+        self._pages.remove(page)
+        page.close()
+
+    # -- main's commands -------------------------------------------------------------------
+
+    def _on_control(self) -> None:
+        data, fds, _, _ = socket.recv_fds(self._control, MESSAGE_BYTES, 4)
+        if not data:
+            self._done = True
+            return
+        name, arguments = marshal.loads(data)
+        try:
+            getattr(self, "_do_" + name)(*arguments, *fds)
+            answer = None
+        except (TargetRefused, SharedMemoryError, OSError) as error:
+            answer = str(error)
+        self._control.send(marshal.dumps(answer))
+
+    def _map_page(self, fd: int) -> Page:
+        try:
+            page = Page(fd)
+        finally:
+            os.close(fd)
+        self._pages.append(page)
+        page.gate = GateState.PAUSED if self._evicted else GateState.OPEN
+        page.heartbeat_ns = _clock()
+        return page
+
+    def _do_ready(self) -> None:
+        """Nothing to do: the answer says that the loop runs."""
+
+    def _do_engine(self, conn: int, pid: int, page_fd: int) -> None:
+        page = self._map_page(page_fd)
+        engine = self._engines[conn] = _Engine(conn, pid, page)
+        engine.seq = page.busy_seq
+        engine.busy = page.busy
+        since = page.busy_since_ns if engine.busy else 0
+        action = self._policy.engine_joined(conn, engine.busy, self._wake_ns)
+        self._act(action, _Cause("busy", conn, since))
+        if engine.busy:
+            self._emit("busy", since or self._wake_ns, conn=conn, pid=pid)
+
+    def _do_target(self, conn: int, pid: int, barrier: bool, pidfd: int, page_fd: int) -> None:
+        page = self._map_page(page_fd)
+        scanned = self._scanned.pop(pid, None)
+        if scanned is not None:
+            self._forget(scanned)
+        try:
+            target = self._compute.open(pid, pidfd, barrier)
+        except TargetRefused:
+            os.close(pidfd)
+            self._drop_page(page)
+            raise
+        self._by_conn[conn] = (target, page)
+        self._admit(target)
+
+    def _do_remove(self, conn: int) -> None:
+        engine = self._engines.pop(conn, None)
+        if engine is not None:
+            self._act(self._policy.engine_gone(conn, self._wake_ns), _NO_CAUSE)
+            self._drop_page(engine.page)
+        known = self._by_conn.pop(conn, None)
+        if known is not None:
+            target, page = known
+            self._drop_page(page)
+            self._forget(target)
+
+    def _do_scan_add(self, pid: int, pidfd: int) -> None:
+        if pid in self._scanned or any(target.pid == pid for target in self._targets):
+            os.close(pidfd)
+            return
+        try:
+            target = self._compute.open(pid, pidfd, False)
+        except TargetRefused:
+            os.close(pidfd)
+            raise
+        self._scanned[pid] = target
+        self._admit(target)
+
+    def _do_scan_remove(self, pid: int) -> None:
+        target = self._scanned.pop(pid, None)
+        if target is not None:
+            self._forget(target)
+
+    def _on_hold(self) -> None:
+        data = self._hold_socket.recv(MESSAGE_BYTES)
+        if not data:
+            self._done = True
+            return
+        wanted, token = marshal.loads(data)
+        if wanted:
+            self._waiting_holds.append((token, self._wake_ns))
+            self._act(self._policy.hold(token, self._wake_ns), _Cause("hold", 0, 0))
+            if self._evicted:
+                self._answer_holds(_clock())
+        else:
+            self._waiting_holds = [entry for entry in self._waiting_holds if entry[0] != token]
+            self._act(self._policy.release(token, self._wake_ns), _NO_CAUSE)
+
+    def _answer_holds(self, now: int) -> None:
+        for token, asked_ns in self._waiting_holds:
+            self._hold_socket.send(marshal.dumps((token, asked_ns, now)))
+        self._waiting_holds.clear()
+
+    # -- events ----------------------------------------------------------------------------
+
+    def _emit(self, event: str, t_ns: int, **fields: Any) -> None:
+        """Queue an event; sent at the end of the turn. A main that does not read loses the oldest."""
+        self._outbox.append(marshal.dumps({"event": event, "t_ns": t_ns, **fields}))
+        if len(self._outbox) > EVENTS_QUEUED:
+            self._outbox.popleft()
+            self._stats.count("events_dropped")
+
+    def _flush(self) -> None:
+        outbox = self._outbox
+        try:
+            while outbox:
+                self._events.send(outbox[0])
+                outbox.popleft()
+        except BlockingIOError:
+            return  # main's buffer is full: the next turn goes on
+        except (BrokenPipeError, ConnectionResetError):
+            self._done = True
+
+
+def main(arguments: list[str]) -> None:
+    """Entry of the gate process: device, five descriptors, the settings; see gate_link.GateHandle."""
+    device, *rest = arguments
+    control_fd, holds_fd, events_fd, doorbell_fd, stats_fd = (int(word) for word in rest[:5])
+    numbers = [float(rest[5]), *(int(word) for word in rest[6:])]
+    settings = GateSettings._make(numbers)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is for main, which then ends us
+    if device != "cpu":
+        raise DeviceMissing(f"there is no device {device!r}; this version of the agent knows `cpu`")
+    set_timer_slack(1)
+    events = socket.socket(fileno=events_fd)
+    events.setblocking(False)
+    gate = Gate(
+        CpuCompute(),
+        settings,
+        socket.socket(fileno=control_fd),
+        socket.socket(fileno=holds_fd),
+        events,
+        doorbell_fd,
+        StatsWriter(stats_fd),
+    )
+    gc.collect()
+    gc.disable()
+    gc.freeze()
+    lock_memory()
+    gate.run()
