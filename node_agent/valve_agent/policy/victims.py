@@ -3,14 +3,15 @@
 
 Why it exists: a request that loses one KV block is recomputed whole, so the cost of a
 reclaim is the *union* of the owners of the slabs taken, not their number.  Finding the
-minimum union is NP-hard.  Three greedies are run and the best result is taken, for none of
-them is always good:
+minimum union is NP-hard.  Several greedies are run and the best result is taken, for
+none of them is always good:
 
 * forward: harm the owners of the slab that adds the fewest.  Good when few slabs are needed;
   alone it harms many short requests where one long one would do.
 * forward per slab: the same per slab won, as many slabs have the same owners (one request's
   neighbouring slabs; every layer's slab of the same blocks).
 * backward: harm everyone, then spare whom the fewest slabs depend on.  Good when many are needed.
+* whole tenants: harm everyone in as few tenants as possible.
 
 Each is followed by the backward greedy, so no single harmed request could have been spared.
 ``valve bench victims`` compares with FIFO, LRU and random, and shows the time per choice.
@@ -67,7 +68,7 @@ def choose(slabs: Sequence[SlabView], need: int, tokens: Mapping[int, Sequence[i
     tokens: tenant -> slot -> tokens to recompute if that request is lost; a tenant or slot
     that is missing counts 0 (a checkpointed request costs nothing, too).
 
-    Slabs without an owner come first.  For the others the best of three greedies is taken, by
+    Slabs without an owner come first.  For the others the best of several greedies is taken, by
     requests harmed, then by tokens; the result depends on nothing but the set of views.
     """
     usable = sorted(view for view in slabs if not view.pinned)  # by name: names are unique
@@ -84,6 +85,8 @@ def choose(slabs: Sequence[SlabView], need: int, tokens: Mapping[int, Sequence[i
     ]
     if pool.has_twins:
         candidates.append(pool.spare(pool.harm(missing, per_slab=True), missing))
+    if len(pool.tenants) > 1:
+        candidates.append(pool.spare(pool.whole_tenants(missing), missing))
     harmed: defaultdict[int, int] = defaultdict(int)
     for number in min(candidates, key=lambda some: (len(some), pool.cost(some))):
         tenant, slot = pool.requests[number]
@@ -102,6 +105,7 @@ class _Pool:
             if owners:
                 sizes[tenant, owners] += 1
                 union[tenant] |= owners
+        self.tenants = list(union)
         self.requests: list[Request] = []
         numbers: dict[int, list[int]] = {}  # tenant -> slot -> number; -1 where nobody owns anything
         for tenant, owners in union.items():
@@ -171,6 +175,22 @@ class _Pool:
                 else:
                     won += self._sizes[other]
         return list(harmed)
+
+    def whole_tenants(self, need: int) -> list[int]:
+        """Harm everyone in as few tenants as win ``need`` slabs, most slabs per request first."""
+        won = dict.fromkeys(self.tenants, 0)
+        for members, size in zip(self._owners, self._sizes, strict=True):
+            won[self.requests[members[0]][0]] += size
+        by_tenant: dict[int, list[int]] = {tenant: [] for tenant in self.tenants}
+        for number, (tenant, _) in enumerate(self.requests):
+            by_tenant[tenant].append(number)
+        harmed: list[int] = []
+        for tenant in sorted(won, key=lambda tenant: len(by_tenant[tenant]) / won[tenant]):
+            harmed += by_tenant[tenant]
+            need -= won[tenant]
+            if need <= 0:
+                break
+        return harmed
 
     def spare(self, harmed: Sequence[int], need: int) -> list[int]:
         """Backward greedy: unharm requests while ``need`` slabs are still won without them.
