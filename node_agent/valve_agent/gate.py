@@ -28,6 +28,7 @@ import socket
 import sys
 import time
 from collections import deque
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from valve_agent.devices.base import DeviceMissing, PauseTimeout, TargetRefused
@@ -116,6 +117,7 @@ class Gate:
         self._targets: list[ProcessTarget] = []  # all offline processes, registered and scanned
         self._by_conn: dict[int, tuple[ProcessTarget, Page]] = {}
         self._scanned: dict[int, ProcessTarget] = {}
+        self._lost: dict[int, ProcessTarget] = {}  # disconnected: paused until they reconnect or end
         self._pages: list[Page] = []
         self._evicted = True  # every target is known to be off; never True while open
         self._unconfirmed_ns = 0  # since when the policy says paused and a target is not known to be off
@@ -177,11 +179,10 @@ class Gate:
             self._beat(now)
             # A ring can get lost with a runtime that dies between its store and its write.
             self._look()
-            if self._policy.paused:
-                self._recheck()
-            elif late:
+            self._recheck(self._targets if self._policy.paused else list(self._lost.values()))
+            if late and not self._policy.paused:
                 # We were not scheduled for longer than the lease, so runtimes may have stopped themselves.
-                self._compute.resume(self._targets)
+                self._let_run()
 
     def _beat(self, now: int) -> None:
         """Sign of life and gate state into every page."""
@@ -232,11 +233,9 @@ class Gate:
             self._emit("idle", self._wake_ns, conn=engine.conn, pid=engine.pid, decode_gap_us=gap / 1e3)
         missed = changes // 2
         if missed:
-            since = engine.page.busy_since_ns
+            cause = _Cause("missed_busy", engine.conn, 0)
             for _ in range(min(missed, _MISSED_MAX)):
-                self._act(
-                    policy.missed_busy(engine.conn, self._wake_ns), _Cause("missed_busy", engine.conn, since)
-                )
+                self._act(policy.missed_busy(engine.conn, self._wake_ns), cause)
             self._stats.count("missed_busy", missed)
             self._emit("missed_busy", self._wake_ns, conn=engine.conn, pid=engine.pid, periods=missed)
 
@@ -283,11 +282,15 @@ class Gate:
     def _resume(self) -> None:
         self._evicted = False
         self._unconfirmed_ns = 0
-        self._compute.resume(self._targets)
+        self._let_run()
         now = _clock()
         self._beat(now)
         self._stats.count("resumes")
         self._emit("resume", now, targets=len(self._targets))
+
+    def _let_run(self) -> None:
+        lost = self._lost.values()
+        self._compute.resume([target for target in self._targets if target not in lost])
 
     # -- what did not go well --------------------------------------------------------------
 
@@ -322,20 +325,29 @@ class Gate:
             self._stats.count("kills")
             self._emit("kill", now, pid=target.pid, why=why)
 
-    def _recheck(self) -> None:
+    def _recheck(self, targets: list[ProcessTarget]) -> None:
         """Stop again what somebody else continued."""
         if self._unconfirmed_ns:
-            return
-        running = self._compute.running(self._targets)
+            return  # the next retry pauses all of them
+        running = self._compute.running(targets)
         if not running:
             return
         self._stats.count("violations", len(running))
-        try:
-            self._compute.pause(running)
-        except PauseTimeout as error:
-            self._open_cause = _Cause("violation", 0, 0)
-            self._unconfirmed(error)
+        self._pause_some(running, "violation")
         self._emit("violation", _clock(), pids=[target.pid for target in running])
+
+    def _pause_some(self, targets: Sequence[ProcessTarget], reason: str) -> None:
+        """Pause targets that should be paused already. If the gate is open (they are lost ones) and it does
+        not work, the next heartbeat tries again."""
+        try:
+            self._compute.pause(targets)
+        except PauseTimeout as error:
+            if self._policy.paused:
+                self._open_cause = _Cause(reason, 0, 0)
+                self._unconfirmed(error)
+            else:
+                self._stats.count("timeouts")
+                self._emit("pause_timeout", _clock(), pids=list(error.pids), why=str(error))
 
     def _fail_closed(self) -> None:
         try:
@@ -353,12 +365,8 @@ class Gate:
         if not self._policy.paused:
             # It may have stopped itself when its lease ended.
             self._compute.resume([target])
-            return
-        try:
-            self._compute.pause([target])
-        except PauseTimeout as error:
-            self._open_cause = _Cause("attach", 0, 0)
-            self._unconfirmed(error)
+        else:
+            self._pause_some([target], "attach")
 
     def _forget(self, target: ProcessTarget) -> None:
         self._targets.remove(target)
@@ -372,8 +380,9 @@ class Gate:
             if known is target:
                 del self._by_conn[conn]
                 self._drop_page(page)
-        if self._scanned.get(target.pid) is target:
-            del self._scanned[target.pid]
+        for known_by_pid in (self._scanned, self._lost):
+            if known_by_pid.get(target.pid) is target:
+                del known_by_pid[target.pid]
         self._forget(target)
 
     def _drop_page(self, page: Page) -> None:
@@ -421,15 +430,15 @@ class Gate:
 
     def _do_target(self, conn: int, pid: int, barrier: bool, pidfd: int, page_fd: int) -> None:
         page = self._map_page(page_fd)
-        scanned = self._scanned.pop(pid, None)
-        if scanned is not None:
-            self._forget(scanned)
         try:
             target = self._compute.open(pid, pidfd, barrier)
         except TargetRefused:
             os.close(pidfd)
             self._drop_page(page)
             raise
+        for unconnected in (self._scanned.pop(pid, None), self._lost.pop(pid, None)):
+            if unconnected is not None:
+                self._forget(unconnected)
         self._by_conn[conn] = (target, page)
         self._admit(target)
 
@@ -442,7 +451,13 @@ class Gate:
         if known is not None:
             target, page = known
             self._drop_page(page)
-            self._forget(target)
+            again = any(other.pid == target.pid for other, _ in self._by_conn.values())
+            if again or self._compute.is_gone(target):
+                self._forget(target)
+            else:
+                # Nobody can tell it to stop or to give up memory: it must not run until it is back.
+                self._lost[target.pid] = target
+                self._pause_some([target], "lost")
 
     def _do_scan_add(self, pid: int, pidfd: int) -> None:
         if pid in self._scanned or any(target.pid == pid for target in self._targets):

@@ -134,7 +134,7 @@ class GateHandle:
         self._call("target", (conn, pid, barrier), pidfd, page_fd)
 
     def remove(self, conn: int) -> None:
-        """The connection is gone. An offline process stays as it is; its runtime stops itself."""
+        """The connection is gone. An offline process that lives is paused until add_target brings it back."""
         self._call("remove", (conn,))
 
     def set_scanned(self, pids: Mapping[int, int]) -> None:

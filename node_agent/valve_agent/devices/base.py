@@ -119,6 +119,10 @@ class ComputeControl(Protocol[T]):
         """Let all of them run."""
         ...
 
+    def is_gone(self, target: T) -> bool:
+        """The process has ended."""
+        ...
+
     def running(self, targets: Sequence[T]) -> Sequence[T]:
         """Those that are neither paused nor gone: somebody else continued them. One cheap look each."""
         ...

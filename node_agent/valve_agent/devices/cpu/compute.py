@@ -12,10 +12,10 @@ thread stopped would need each of them to be scheduled in first, which takes lon
 
 * The fast path looks only at the thread-group leader: the kernel prefers it for the signal.
 * A process that is not registered for the barrier is confirmed thread by thread.
-* A leader that does not stop within `ESCALATE_NS` (it is a zombie, or sits in an uninterruptible wait such
-  as vfork while siblings compute) is not waited for: every thread gets a SIGSTOP of its own and the threads
-  are read one by one. A thread in state D that was signalled counts as off: it executes nothing, and its
-  way back to user mode leads through the signal.
+* A leader that is a zombie or sits in an uninterruptible wait (vfork) while siblings compute, or that has
+  not stopped within `ESCALATE_NS`, is not waited for: every thread gets a SIGSTOP of its own, because the one
+  of the process may be waiting for the leader, and the threads are read one by one. A thread in state D
+  that was signalled counts as off: it executes nothing, and its way back leads through the signal.
 
 Threading model: the gate's only thread. Caller: gate.py, tests. Standard library only.
 """
@@ -39,6 +39,8 @@ PAUSE_TIMEOUT_NS = 20_000_000
 
 _STOPPED = ord("T")
 _OFF = frozenset(b"TtZXxD")  # states of a thread that executes nothing until a signal or a tracer lets it
+_NO_WITNESS = frozenset(b"ZXxD")  # states of a leader that will not reach T soon, whatever its siblings do
+_TOLD = frozenset(b"TtZXx")  # states of a thread that needs no signal of its own
 _HEAD_BYTES = 64  # "pid (comm) state": at most 7 + 2 + 15 + 2 + 1 bytes; after it come digits only
 
 _stop, _cont = signal.SIGSTOP, signal.SIGCONT
@@ -104,10 +106,15 @@ class CpuCompute:
         pending = [target for target in targets if target.barrier and not target.gone]
         singly = [target for target in targets if not target.barrier and not target.gone]
         fence = bool(pending)
-        state = self._leader_state
         while pending:
             _sleep(POLL_S)
-            pending = [target for target in pending if state(target) != _STOPPED and not target.gone]
+            waiting: list[ProcessTarget] = []
+            for target in pending:
+                code = self._leader_state(target)
+                if code == _STOPPED or target.gone:
+                    continue
+                (singly if code in _NO_WITNESS else waiting).append(target)
+            pending = waiting
             if pending and _clock() - started > ESCALATE_NS:
                 singly += pending
                 break
@@ -145,11 +152,12 @@ class CpuCompute:
             size = _preadv(target.stat_fd, self._into, 0)
         except ProcessLookupError:
             # The leader may have been reaped by an exec of another thread; the pidfd knows better.
-            target.gone = self._is_gone(target)
+            target.gone = self.is_gone(target)
             return 0
         return self._buffer[self._buffer.rfind(b")", 0, size) + 2]
 
-    def _is_gone(self, target: ProcessTarget) -> bool:
+    def is_gone(self, target: ProcessTarget) -> bool:
+        """The whole process has ended (a zombie leader with live threads has not)."""
         try:
             _send(target.pidfd, 0)
         except ProcessLookupError:
@@ -162,7 +170,7 @@ class CpuCompute:
         try:
             task_fd = os.open("task", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=target.proc_fd)
         except (ProcessLookupError, FileNotFoundError):
-            target.gone = self._is_gone(target)
+            target.gone = self.is_gone(target)
             return states
         try:
             for tid in os.listdir(task_fd):
@@ -181,14 +189,12 @@ class CpuCompute:
             os.close(task_fd)
         return states
 
-    def _is_off(self, target: ProcessTarget) -> bool:
+    def _all_off(self, target: ProcessTarget, states: dict[int, int]) -> bool:
         """No thread executes user code, but for what one barrier still has to interrupt."""
-        states = self._thread_states(target)
-        if target.gone:
+        codes = states.values()
+        if target.gone or (target.barrier and _STOPPED in codes):
             return True
-        if target.barrier and _STOPPED in states.values():
-            return True
-        if not states or any(code not in _OFF for code in states.values()):
+        if not states or any(code not in _OFF for code in codes):
             return False
         # A thread born between listing and reading is flagged if anything is in T, but perhaps not
         # stopped: the set must be the same after the reading as before it.
@@ -201,22 +207,25 @@ class CpuCompute:
         pending = list(targets)
         while True:
             elapsed = _clock() - started
-            if elapsed > ESCALATE_NS:
-                for target in pending:
-                    self._signal_threads(target, signalled)
-            pending = [target for target in pending if not self._is_off(target)]
+            waiting: list[ProcessTarget] = []
+            for target in pending:
+                states = self._thread_states(target)
+                witness = states.get(target.pid) not in _NO_WITNESS and elapsed <= ESCALATE_NS
+                fresh = {(target.pid, tid) for tid, code in states.items() if code not in _TOLD} - signalled
+                if not witness and fresh:
+                    for pid, tid in fresh:
+                        tgkill(pid, tid, _stop)
+                    signalled |= fresh
+                    waiting.append(target)
+                elif not self._all_off(target, states):
+                    waiting.append(target)
+            pending = waiting
             if not pending:
                 return
             if elapsed > PAUSE_TIMEOUT_NS:
                 why = {target.pid: self._describe(target) for target in pending}
                 raise PauseTimeout([target.pid for target in pending], elapsed / 1e3, why)
             _sleep(SLOW_POLL_S)
-
-    def _signal_threads(self, target: ProcessTarget, signalled: set[tuple[int, int]]) -> None:
-        for tid, code in self._thread_states(target).items():
-            if code not in b"TtZXx" and (target.pid, tid) not in signalled:
-                tgkill(target.pid, tid, _stop)
-                signalled.add((target.pid, tid))
 
     def _describe(self, target: ProcessTarget) -> str:
         counts: dict[str, int] = {}
