@@ -21,6 +21,7 @@ from valve_api.errors import PolicyError, Problem
 from valve_api.model import Rule
 from valve_api.names import API_VERSION, KIND_POLICY
 from valve_api.policy import ColocationPolicy
+from valve_api.settings import settings_from
 
 FILE_BYTES_MAX = 1 << 20
 GIVEN_CHARS_MAX = 60
@@ -65,6 +66,8 @@ def policy_from(document: object, source: str = "policy") -> ColocationPolicy:
         policy = ColocationPolicy.model_validate(document)
     except ValidationError as error:
         raise PolicyError(source, problems_of(error, ColocationPolicy)) from None
+    if policy.spec.cpu_device is not None:  # the only device a policy knows itself: does it fit?
+        settings_from(policy.spec, policy.metadata.name, source=source)
     return policy
 
 
@@ -127,10 +130,9 @@ def _problems(
     path = _path(loc)
     given = _show(detail["input"])
     if kind == "rules":
-        broken: list[Rule] = context["broken"]
-        for rule in broken:
-            field = f"{path}.{rule.field}" if rule.field else path
-            yield Problem(field, _show(_value(detail["input"], rule.field)), rule.message)
+        broken: list[tuple[Rule, object]] = context["broken"]
+        for rule, value in broken:
+            yield Problem(f"{path}.{rule.field}", _show(value), rule.message)
     elif kind == "extra_forbidden":
         yield Problem(path, "", _unknown(str(loc[-1]), _fields_at(model, loc[:-1])))
     elif kind == "missing":
@@ -206,26 +208,8 @@ def _path(loc: tuple[int | str, ...]) -> str:
     return path
 
 
-def _value(given: object, field: str) -> object:
-    """What the file says of `field` in the object `given`; after validation, what the model says."""
-    if isinstance(given, BaseModel):
-        given = given.model_dump(mode="json", by_alias=True)
-    return given.get(field, _ABSENT) if isinstance(given, dict) and field else _ABSENT
-
-
-class _Absent:
-    pass
-
-
-_ABSENT = _Absent()
-
-
 def _show(value: object) -> str:
-    """A value as YAML would write it on one line, cut short; "" where nothing was given."""
-    if value is _ABSENT:
-        return ""
-    if isinstance(value, BaseModel):
-        value = value.model_dump(mode="json", by_alias=True)
+    """A value as YAML would write it on one line, cut short."""
     text = json.dumps(value, default=str, ensure_ascii=False)
     return text if len(text) <= GIVEN_CHARS_MAX else text[: GIVEN_CHARS_MAX - 1] + "…"
 

@@ -31,9 +31,9 @@ REQUIRED: Any = object()
 class Rule:
     """A condition between fields of one object.
 
-    field: the field an error points at, as written in YAML ("" for the object).
+    field: the field an error points at, as written in YAML, dots between levels.
     message: a sentence that says what is allowed.
-    cel: the condition for the API server; `self` is the object. "" where CEL cannot say it.
+    cel: the condition for the API server; `self` is the object.
     holds: the same condition on the validated model.
     """
 
@@ -55,24 +55,30 @@ class ApiModel(BaseModel):
 
     @model_validator(mode="after")
     def _check_rules(self) -> Self:
-        broken = [rule for rule in self.rules if not rule.holds(self)]
+        broken = [(rule, self._at(rule.field)) for rule in self.rules if not rule.holds(self)]
         if broken:
-            raise PydanticCustomError(
-                "rules", "{text}", {"text": "; ".join(rule.message for rule in broken), "broken": broken}
-            )
+            text = "; ".join(f"{rule.field} {rule.message}" for rule, _ in broken)
+            raise PydanticCustomError("rules", "{text}", {"text": text, "broken": broken})
         return self
+
+    def _at(self, path: str) -> object:
+        """The value of a field given or defaulted, as YAML shows it."""
+        value: Any = self.model_dump(mode="json", by_alias=True)
+        for step in path.split("."):
+            value = value[step]
+        return value
 
 
 @dataclass(frozen=True, slots=True)
 class Between:
-    """Bounds of a Quantity or Duration (both ends allowed) and what it must be a multiple of.
+    """Bounds of a Quantity or Duration (both ends allowed), and what a Quantity must be a multiple of.
 
     Goes into Annotated. JSON schema has no bounds for texts, so the generator writes them as CEL.
     """
 
     low: Quantity | Duration
     high: Quantity | Duration
-    multiple: Quantity | Duration | None = None
+    multiple: Quantity | None = None
 
     def check(self, value: Any) -> Any:
         """The value itself; raises UnitError where it is out of bounds."""
@@ -94,9 +100,9 @@ def bytes_between(low: str, high: str, multiple: str | None = None) -> Between:
     return Between(Quantity(low), Quantity(high), Quantity(multiple) if multiple else None)
 
 
-def time_between(low: str, high: str, multiple: str | None = None) -> Between:
+def time_between(low: str, high: str) -> Between:
     """Bounds of a Duration."""
-    return Between(Duration(low), Duration(high), Duration(multiple) if multiple else None)
+    return Between(Duration(low), Duration(high))
 
 
 Count = Annotated[int, Strict()]
@@ -109,9 +115,10 @@ def setting(
     default: Any,
     *,
     what: str,
-    why: str,
-    unit: str,
+    unit: str = "",
+    why: str = "",
     reserved: bool = False,
+    list_key: str = "",
     **limits: Any,
 ) -> Any:
     """A documented field.
@@ -120,11 +127,12 @@ def setting(
     why: the reason of the default (of the bounds, where there is no default).
     unit: as the operator reads it: "bytes", "time", "count", "name", "" for objects and enums.
     reserved: nothing reads the field yet; the docs say so.
+    list_key: of a list of objects, the field that tells them apart (server-side apply merges by it).
     limits: ge, le, min_length, max_length, pattern: as pydantic's Field takes them.
     """
     note = " Reserved: nothing reads it yet." if reserved else ""
     description = f"{what}{note} Why: {why}" if why else f"{what}{note}"
-    extra: JsonDict = {"what": what, "unit": unit, "why": why, "reserved": reserved}
+    extra: JsonDict = {"what": what, "unit": unit, "why": why, "reserved": reserved, "listKey": list_key}
     if isinstance(default, type):
         return Field(default_factory=default, description=description, json_schema_extra=extra, **limits)
     if default is REQUIRED:

@@ -39,6 +39,10 @@ SLAB_ALIGN_BYTES = 2 << 20
 """A slab is a multiple of this: the huge page of the cpu device and the CUDA VMM granularity."""
 ARENA_SLABS_MAX = 4096
 """Slabs in one tenant's arena: VALVE_SLABS_MAX of valve_protocol.h."""
+DEVICE_SLABS_MIN = 8
+"""Fewer slabs than this and reservation, floor and both tenants cannot all have one."""
+DEVICE_SLABS_MAX = 16 * ARENA_SLABS_MAX
+"""Bounds the pool's bookkeeping; one tenant can map ARENA_SLABS_MAX of them."""
 
 
 class Workload(StrEnum):

@@ -9,10 +9,11 @@ settings.py derives. Immutable values without I/O; any thread may hold them.
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, StringConstraints
 
+from valve_api.meta import Condition, ObjectMeta
 from valve_api.model import (
     REQUIRED,
     ApiModel,
@@ -23,6 +24,7 @@ from valve_api.model import (
     setting,
     time_between,
 )
+from valve_api.names import DEVICE_SLABS_MAX, DEVICE_SLABS_MIN
 from valve_api.quantity import Duration, Quantity, Share
 
 LabelKey = Annotated[str, StringConstraints(min_length=1, max_length=317)]
@@ -78,7 +80,7 @@ class CpuDevice(ApiModel):
 class Cooldown(ApiModel):
     """T_cool, how long the online engines must be idle before offline resumes (promise P2)."""
 
-    rules: ClassVar = (
+    rules: ClassVar[tuple[Rule, ...]] = (
         Rule(
             "min",
             "must not be longer than max",
@@ -98,13 +100,13 @@ class Cooldown(ApiModel):
     )
     min: Annotated[Duration, time_between("0s", "1m")] = setting(
         Duration("5ms"),
-        what="Shortest T_cool.",
+        what="Shortest T_cool; also used before any decode gap was seen.",
         why="below a few milliseconds a pause and a resume cost more than offline gains between them.",
         unit="time",
     )
     max: Annotated[Duration, time_between("0s", "1m")] = setting(
         Duration("500ms"),
-        what="Longest T_cool; also used before any decode gap was seen.",
+        what="Longest T_cool.",
         why="one stall of the online engine must not idle offline for long; 500ms is twice a slow decode "
         "iteration of a large model.",
         unit="time",
@@ -120,13 +122,12 @@ class Compute(ApiModel):
         "agent, patched, in-process, launch-gate. The cpu device has one way of its own: auto and agent "
         "mean the same there.",
         why="the probe knows the driver; name a route only to rule the others out.",
-        unit="",
     )
-    cooldown: Cooldown = setting(Cooldown, what="When offline resumes.", why="", unit="")
-    lease: Annotated[Duration, time_between("20ms", "1m", "1ms")] = setting(
+    cooldown: Cooldown = setting(Cooldown, what="When offline resumes.")
+    lease: Annotated[Duration, time_between("20ms", "1m")] = setting(
         Duration("500ms"),
         what="An offline process stops itself when the gate's heartbeat is older than this. The gate beats "
-        "at least every quarter of it.",
+        "at least every quarter of it. Rounded down to whole milliseconds.",
         why="short enough that a dead agent harms online for half a second at most, long enough that a busy "
         "machine does not stop offline for nothing.",
         unit="time",
@@ -141,19 +142,27 @@ class Compute(ApiModel):
 
 
 class Reservation(ApiModel):
-    """Free memory kept for online above its current use: multiplicative increase, additive decrease."""
+    """Free memory kept for online above its current use: multiplicative increase, additive decrease.
 
-    rules: ClassVar = (
+    A quantity and a percentage are compared on the node, which knows the device.
+    """
+
+    rules: ClassVar[tuple[Rule, ...]] = (
         Rule(
             "min",
-            "must not be larger than max (compared where both are quantities or both percentages; the node "
-            "compares a mixed pair once it knows the device)",
+            "must not be larger than max",
             "string(self.min).endsWith('%') != string(self.max).endsWith('%') || "
             "(string(self.min).endsWith('%') ? "
             "int(string(self.min).replace('%', '')) <= int(string(self.max).replace('%', '')) : "
             + _both("min", "max", "quantity")
             + ")",
             lambda m: shares_ordered(m.min, m.max),
+        ),
+        Rule(
+            "factor",
+            "must be more than 1, or the reservation never grows",
+            "self.factor > 1.0",  # not `minimum: 1.1`, which the API server cuts to 1 for a whole number
+            lambda m: m.factor > 1,
         ),
         Rule(
             "decrease",
@@ -173,7 +182,8 @@ class Reservation(ApiModel):
     max: Share = setting(
         Share.parse("50%"),
         what="R_max, the most that is kept free. Rounded up to whole slabs.",
-        why="a burst may claim half of the device ahead of need; beyond that offline would own nothing.",
+        why="choose it for the largest burst to be absorbed: beyond max every further max of demand costs "
+        "one reclaim. Half of the device leaves offline the other half.",
         unit="bytes or % of device",
     )
     factor: Factor = setting(
@@ -182,14 +192,14 @@ class Reservation(ApiModel):
         "shortfall, whichever is more).",
         why="doubling bounds the reclaims of one burst by log2(burst / R_min).",
         unit="factor",
-        ge=1.1,
+        ge=1.0,
         le=16.0,
     )
     decrease: Share = setting(
         Share.parse("1%"),
         what="β: what the reservation gives back after every quiet period. Rounded up to whole slabs.",
-        why="small steps keep a grown reservation through the next burst; the long-run reclaim rate falls "
-        "as β / quietPeriod does.",
+        why="at most (factor - 1) × min, as here, keeps the long-run rate below two reclaims per quietPeriod "
+        "while online grows by less than max in it.",
         unit="bytes or % of device",
     )
     quiet_period: Annotated[Duration, time_between("10ms", "1h")] = setting(
@@ -211,9 +221,7 @@ class Memory(ApiModel):
         "32Mi keeps a GiB below 32 calls. 2Mi suits the cpu device.",
         unit="bytes",
     )
-    reservation: Reservation = setting(
-        Reservation, what="Free memory kept for online above its current use.", why="", unit=""
-    )
+    reservation: Reservation = setting(Reservation, what="Free memory kept for online above its current use.")
     online_floor: Share = setting(
         Share.parse("0%"),
         what="Memory that offline never holds, whether online uses it or not. Rounded up to whole slabs.",
@@ -274,7 +282,6 @@ class Guardrails(ApiModel):
         what="A process that uses the device and belongs to no tenant: Report counts and logs it; Refuse "
         "also gives offline no compute while it is there, since nobody can pause it (promise P6).",
         why="a first installation should show what runs on its nodes before it acts on it.",
-        unit="",
     )
     max_reclaims_per_minute: Count = setting(
         60,
@@ -298,18 +305,37 @@ class Guardrails(ApiModel):
 class Settings(ApiModel):
     """The part of a spec that takes effect on a node: shared by policies and nodes."""
 
+    rules: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            "cpuDevice.memory",
+            "must be a multiple of memory.slabSize",
+            "!has(self.cpuDevice) || quantity(string(self.cpuDevice.memory)).asInteger() % "
+            "quantity(string(self.memory.slabSize)).asInteger() == 0",
+            lambda m: m.cpu_device is None or m.cpu_device.memory % m.memory.slab_size == 0,
+        ),
+        Rule(
+            "cpuDevice.memory",
+            f"must hold from {DEVICE_SLABS_MIN} to {DEVICE_SLABS_MAX} slabs of memory.slabSize",
+            "!has(self.cpuDevice) || (quantity(string(self.cpuDevice.memory)).asInteger() / "
+            f"quantity(string(self.memory.slabSize)).asInteger() >= {DEVICE_SLABS_MIN} && "
+            "quantity(string(self.cpuDevice.memory)).asInteger() / "
+            f"quantity(string(self.memory.slabSize)).asInteger() <= {DEVICE_SLABS_MAX})",
+            lambda m: (
+                m.cpu_device is None
+                or DEVICE_SLABS_MIN <= m.cpu_device.memory // m.memory.slab_size <= DEVICE_SLABS_MAX
+            ),
+        ),
+    )
+
     cpu_device: CpuDevice | None = setting(
         None,
         what="The embedded device for machines without a GPU (valve agent --device cpu).",
         why="GPU nodes have devices of their own.",
-        unit="",
     )
-    compute: Compute = setting(Compute, what="Who may compute, and how offline is stopped.", why="", unit="")
-    memory: Memory = setting(Memory, what="Who has which memory.", why="", unit="")
-    offline: Offline = setting(Offline, what="Limits of the offline tenants.", why="", unit="")
-    guardrails: Guardrails = setting(
-        Guardrails, what="What Valve does when a promise is at risk.", why="", unit=""
-    )
+    compute: Compute = setting(Compute, what="Who may compute, and how offline is stopped.")
+    memory: Memory = setting(Memory, what="Who has which memory.")
+    offline: Offline = setting(Offline, what="Limits of the offline tenants.")
+    guardrails: Guardrails = setting(Guardrails, what="What Valve does when a promise is at risk.")
 
 
 class PolicySpec(Settings):
@@ -324,23 +350,17 @@ class PolicySpec(Settings):
     )
 
 
-class ObjectMeta(ApiModel):
-    """metadata of a cluster-scoped object. The API server owns its schema; only the name matters here."""
+class PolicyStatus(ApiModel):
+    """What the operator made of the policy.
 
-    name: Annotated[str, StringConstraints(max_length=253, pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$")]
-    labels: dict[str, str] = Field(default_factory=dict)
-    annotations: dict[str, str] = Field(default_factory=dict)
-    generation: int = 0
-    uid: str = ""
-    resource_version: str = ""
-    generate_name: str = ""
-    creation_timestamp: Any = None
-    deletion_timestamp: Any = None
-    deletion_grace_period_seconds: int | None = None
-    finalizers: list[str] = Field(default_factory=list)
-    owner_references: list[dict[str, Any]] = Field(default_factory=list)
-    managed_fields: list[dict[str, Any]] = Field(default_factory=list)
-    self_link: str = ""
+    Conditions: Accepted (the spec can take effect), Ready (it has).
+    """
+
+    observed_generation: int = setting(0, what="metadata.generation that this status speaks of.", ge=0)
+    conditions: list[Condition] = setting(list, what="Accepted, Ready.", list_key="type", max_length=16)
+    nodes: int = setting(0, what="Nodes that the policy holds on.", unit="count", ge=0)
+    ready_nodes: int = setting(0, what="Of them, nodes whose agent follows the policy.", unit="count", ge=0)
+    gpus: int = setting(0, what="GPUs of those nodes.", unit="count", ge=0)
 
 
 class ColocationPolicy(ApiModel):
@@ -349,4 +369,5 @@ class ColocationPolicy(ApiModel):
     api_version: Literal["valve.io/v1alpha1"]
     kind: Literal["ColocationPolicy"]
     metadata: ObjectMeta
-    spec: PolicySpec = Field(default_factory=PolicySpec)
+    spec: PolicySpec = setting(PolicySpec, what="Nodes, and what holds on them.")
+    status: PolicyStatus | None = setting(None, what="Written by the operator.")

@@ -28,6 +28,8 @@ DURATION_EXAMPLES: Final = "500us, 10ms, 1s, 1m30s or 2h"
 SHARE_EXAMPLES: Final = f"a quantity ({QUANTITY_EXAMPLES}) or a percentage of the device such as 50%"
 MAX_INT: Final = (1 << 63) - 1
 """Largest value of any of the three: what a Kubernetes quantity and a Go duration hold."""
+DEVICE_BYTES_MAX: Final = 16 << 40
+"""Largest device, and so the largest share of one."""
 TEXT_MAX: Final = 32
 """Longest text that is read at all; bounds the CEL cost and Fraction's arithmetic."""
 
@@ -41,11 +43,10 @@ _DURATIONS: Final = {
     "us": 1_000,
     "ns": 1,
 }
-_NUMBER: Final = r"[0-9]+(\.[0-9]+)?"
-QUANTITY_PATTERN: Final = rf"^{_NUMBER}(Ki|Mi|Gi|Ti|Pi|Ei|k|M|G|T|P|E|[eE][0-9]{{1,2}})?$"
-DURATION_PATTERN: Final = rf"^({_NUMBER}(ns|us|ms|s|m|h))+$"
+QUANTITY_PATTERN: Final = r"^[0-9]+(Ki|Mi|Gi|Ti|Pi|Ei|k|M|G|T|P|E|[eE][0-9]{1,2})?$"
+DURATION_PATTERN: Final = r"^([0-9]+(\.[0-9]+)?(ns|us|ms|s|m|h))+$"
 PERCENT_PATTERN: Final = r"(100|[1-9]?[0-9])%"
-SHARE_PATTERN: Final = f"{QUANTITY_PATTERN[:-1]}$|^{PERCENT_PATTERN}$"
+SHARE_PATTERN: Final = f"{QUANTITY_PATTERN}|^{PERCENT_PATTERN}$"
 
 _QUANTITY: Final = re.compile(r"([0-9]+(?:\.[0-9]+)?)(?:([eE])([0-9]{1,2})|([A-Za-z]+))?", re.ASCII)
 _DURATION_PART: Final = re.compile(r"([0-9]+(?:\.[0-9]+)?)(ns|us|ms|s|m|h)", re.ASCII)
@@ -67,8 +68,9 @@ def parse_quantity(text: str) -> int:
     if not scale:
         raise UnitError(f"{suffix} is not a unit of memory{_unit_hint(suffix)}; write {QUANTITY_EXAMPLES}")
     value = Fraction(number) * scale
-    if value.denominator != 1:
-        raise UnitError(f"not a whole number of bytes; write {QUANTITY_EXAMPLES}")
+    if "." in number:  # the API server's CEL cannot calculate with a binary fraction: refuse it everywhere
+        instead = format_quantity(value.numerator) if value.denominator == 1 else QUANTITY_EXAMPLES
+        raise UnitError(f"a quantity has no fraction; write {instead}")
     return _bounded(value.numerator, "bytes")
 
 
@@ -224,9 +226,12 @@ class Share:
                 raise UnitError("not a percentage; write a whole number from 0% to 100%")
             return cls(None, int(value[:-1]))
         try:
-            return cls(int(Quantity(value)), None)
+            size = int(Quantity(value))
         except UnitError as error:
             raise UnitError(str(error).replace(QUANTITY_EXAMPLES, SHARE_EXAMPLES)) from None
+        if size > DEVICE_BYTES_MAX:
+            raise UnitError(f"larger than any device; at most {format_quantity(DEVICE_BYTES_MAX)}")
+        return cls(size, None)
 
     def of(self, device_bytes: int) -> int:
         """Bytes on a device of that size; percents round down."""

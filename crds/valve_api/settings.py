@@ -12,16 +12,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from valve_api.errors import PolicyError, Problem
-from valve_api.names import ARENA_SLABS_MAX
+from valve_api.names import ARENA_SLABS_MAX, DEVICE_SLABS_MAX, DEVICE_SLABS_MIN
 from valve_api.quantity import Share, format_quantity
 
 if TYPE_CHECKING:
     from valve_api.policy import ColocationPolicy, Settings
-
-DEVICE_SLABS_MIN = 8
-"""Fewer slabs than this and reservation, floor and both tenants cannot all have one."""
-DEVICE_SLABS_MAX = 16 * ARENA_SLABS_MAX
-"""Bounds the pool's bookkeeping; one tenant can map ARENA_SLABS_MAX of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,31 +70,28 @@ def settings_for(policy: ColocationPolicy, device_bytes: int | None = None) -> E
     return settings_from(policy.spec, policy.metadata.name, device_bytes)
 
 
-def settings_from(spec: Settings, name: str, device_bytes: int | None = None) -> EffectiveSettings:
-    """Like settings_for, from the part of a spec that policies and nodes share."""
-    source = f"policy {name}"
-    if device_bytes is None:
-        if spec.cpu_device is None:
-            raise PolicyError(
-                source,
-                [
-                    Problem(
-                        "spec.cpuDevice",
-                        "",
-                        "missing: the cpu device needs spec.cpuDevice.memory, 1536Mi for example",
-                    )
-                ],
-            )
-        device_bytes = int(spec.cpu_device.memory)
-        size_path = "spec.cpuDevice.memory"
-    else:
-        size_path = "spec.memory.slabSize"
+def settings_from(
+    spec: Settings, name: str, device_bytes: int | None = None, source: str = ""
+) -> EffectiveSettings:
+    """Like settings_for, from the part of a spec that policies and nodes share.
+
+    source: what an error names, a file for example; "" names the policy.
+    """
+    source = source or f"policy {name}"
     memory = spec.memory
     slab_bytes = int(memory.slab_size)
+    if device_bytes is None:
+        if spec.cpu_device is None:
+            text = "missing: the cpu device needs spec.cpuDevice.memory, 1536Mi for example"
+            raise PolicyError(source, [Problem("spec.cpuDevice", "", text)])
+        device_bytes = int(spec.cpu_device.memory)
     slabs = device_bytes // slab_bytes
-    problems = _device_problems(size_path, device_bytes, slab_bytes, slabs)
-    if problems:
-        raise PolicyError(source, problems)
+    if not DEVICE_SLABS_MIN <= slabs <= DEVICE_SLABS_MAX:
+        text = (
+            f"cuts this device of {format_quantity(device_bytes)} into {slabs} slabs; "
+            f"{DEVICE_SLABS_MIN} to {DEVICE_SLABS_MAX} are allowed"
+        )
+        raise PolicyError(source, [Problem("spec.memory.slabSize", str(memory.slab_size), text)])
 
     def up(share: Share) -> int:
         return -(-share.of(slabs * slab_bytes) // slab_bytes)
@@ -122,7 +114,7 @@ def settings_from(spec: Settings, name: str, device_bytes: int | None = None) ->
         slab_bytes=slab_bytes,
         slabs=slabs,
         arena_slabs=min(slabs, ARENA_SLABS_MAX),
-        lease_ns=int(spec.compute.lease),
+        lease_ns=int(spec.compute.lease) // 10**6 * 10**6,
         recovery_grace_ns=int(spec.compute.recovery_grace),
         pause_timeout_ns=int(spec.guardrails.pause_timeout),
         cooldown_factor=float(spec.compute.cooldown.factor),
@@ -136,41 +128,6 @@ def settings_from(spec: Settings, name: str, device_bytes: int | None = None) ->
         route=str(spec.compute.route.value),
         max_reclaims_per_minute=int(spec.guardrails.max_reclaims_per_minute),
     )
-
-
-def _device_problems(path: str, device_bytes: int, slab_bytes: int, slabs: int) -> list[Problem]:
-    """A device has DEVICE_SLABS_MIN to DEVICE_SLABS_MAX slabs; a cpu device only whole ones."""
-    device, slab = format_quantity(device_bytes), format_quantity(slab_bytes)
-    given = device if path == "spec.cpuDevice.memory" else slab
-    if slabs < DEVICE_SLABS_MIN:
-        return [
-            Problem(
-                path,
-                given,
-                f"a device of {device} has {slabs} slabs of {slab}; at least {DEVICE_SLABS_MIN} are "
-                "needed: make slabSize smaller or the device larger",
-            )
-        ]
-    if slabs > DEVICE_SLABS_MAX:
-        return [
-            Problem(
-                path,
-                given,
-                f"a device of {device} has {slabs} slabs of {slab}; at most {DEVICE_SLABS_MAX} are "
-                "allowed: make slabSize larger",
-            )
-        ]
-    if path == "spec.cpuDevice.memory" and device_bytes % slab_bytes:
-        down, above = slabs * slab_bytes, (slabs + 1) * slab_bytes
-        return [
-            Problem(
-                path,
-                given,
-                f"must be a multiple of slabSize ({slab}): write {format_quantity(down)} or "
-                f"{format_quantity(above)}",
-            )
-        ]
-    return []
 
 
 def _share_problems(
