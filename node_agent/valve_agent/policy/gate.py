@@ -32,6 +32,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Hashable
 from enum import Enum
+from math import inf
 
 GAP_WINDOW_NS = 60_000_000_000
 """How long an idle report's decode gap counts: long enough to bridge a lull in online traffic,
@@ -70,8 +71,8 @@ class GatePolicy:
         now_ns: int,
         offline_paused: bool = True,
     ) -> None:
-        if not cooldown_factor >= 0:
-            raise ValueError(f"cooldown_factor is {cooldown_factor}; give a number of at least 0")
+        if not 0 <= cooldown_factor < inf:
+            raise ValueError(f"cooldown_factor is {cooldown_factor}; give a finite number of at least 0")
         if not 0 <= cooldown_min_ns <= cooldown_max_ns:
             raise ValueError(
                 f"cooldown bounds are {cooldown_min_ns} ns and {cooldown_max_ns} ns; "

@@ -54,6 +54,7 @@ less than (alpha - 1) R: at max, a decrease and a shortfall can alternate every 
 from __future__ import annotations
 
 from fractions import Fraction
+from math import inf
 
 
 class Reservation:
@@ -81,8 +82,8 @@ class Reservation:
             raise ValueError(
                 f"reservation bounds are {min_slabs} and {max_slabs} slabs; give 0 <= min <= max"
             )
-        if not increase_factor > 1:
-            raise ValueError(f"increase_factor is {increase_factor}; give a number above 1")
+        if not 1 < increase_factor < inf:
+            raise ValueError(f"increase_factor is {increase_factor}; give a finite number above 1")
         if decrease_slabs < 1:
             raise ValueError(f"decrease_slabs is {decrease_slabs}; give at least 1")
         if quiet_period_ns < 1:
