@@ -1,0 +1,564 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the agent does with a frame, a lost connection, a dead process and the passing of time.
+
+Why it exists: here identity, registry, pool, gate and memory meet. The order of steps matters and is stated
+where it does: an offline process is under the gate before it hears WELCOME, its pages are discarded before
+its slabs count as free, and online hears GRANT before offline is released.
+
+Threading model: the server thread only, except `HoldWorker`, which waits for the gate in a thread of its own
+because a hold may take as long as the gate needs to pause everybody. Callers: server.py (Handler), pool.py
+(Effects), main.py.
+"""
+
+from __future__ import annotations
+
+import collections
+import os
+import queue
+import signal
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from valve_agent import wire
+from valve_agent.connection import Connection, Kind
+from valve_agent.devices.base import ArenaError, MemoryPool
+from valve_agent.events import EventLog
+from valve_agent.gate_link import GateDied, GateError
+from valve_agent.identity import Identity, IdentityError
+from valve_agent.pool import HOLD_TIMEOUT_NS, Holder, Pool
+from valve_agent.registry import Link, Memory, Process, Registry, Scan, Tenant
+from valve_agent.server import Server
+from valve_agent.shared import Ledger, LedgerCopy, Page, SharedMemoryError, ledger_bytes
+from valve_agent.wire import RejectCode, Role, bits
+
+SCAN_NS = 1_000_000_000
+LOST_NS = 5_000_000_000
+"""An offline process that holds slabs and stays disconnected for so long cannot be accounted for: it is
+killed. A runtime reconnects every 100 ms."""
+OVERUSE_SLABS = 1
+"""Pages beyond what was granted that are not yet held against a process: one slab, for rounding."""
+COUNTERS = ("requests", "tokens", "recomputed", "lost_blocks", "recomputed_tokens")
+
+
+class Gate(Protocol):
+    """What main needs of gate_link.GateHandle."""
+
+    doorbell_fd: int
+
+    def add_engine(self, conn: int, pid: int, page_fd: int) -> None: ...
+    def add_target(self, conn: int, pid: int, pidfd: int, page_fd: int, barrier: bool) -> None: ...
+    def remove(self, conn: int) -> None: ...
+    def set_scanned(self, pids: dict[int, int]) -> None: ...
+    def hold(self, timeout_s: float) -> object: ...
+    def release(self) -> None: ...
+    def fileno(self) -> int: ...
+    def read_events(self) -> list[dict[str, Any]]: ...
+
+
+class HoldWorker:
+    """Asks the gate to hold in a thread of its own; answers come through `take` after a wake."""
+
+    def __init__(self, gate: Gate, wake: Callable[[], None]) -> None:
+        self._gate = gate
+        self._wake = wake
+        self._asked: queue.SimpleQueue[bool] = queue.SimpleQueue()
+        self._answers: collections.deque[tuple[bool, str]] = collections.deque()
+        self._thread = threading.Thread(target=self._loop, name="valve-hold", daemon=True)
+        self._thread.start()
+
+    def ask(self) -> None:
+        self._asked.put(True)
+
+    def take(self) -> tuple[bool, str] | None:
+        """(held, why not) of the next answered hold; None if there is none."""
+        return self._answers.popleft() if self._answers else None
+
+    def close(self) -> None:
+        self._asked.put(False)
+        self._thread.join(timeout=HOLD_TIMEOUT_NS / 1e9 + 1)
+
+    def _loop(self) -> None:
+        while self._asked.get():
+            try:
+                self._gate.hold(HOLD_TIMEOUT_NS / 1e9)
+            except GateError as error:  # a dead gate is also seen, and acted on, by the server thread
+                self._answers.append((False, str(error)))
+            else:
+                self._answers.append((True, ""))
+            self._wake()
+
+
+class AgentFailed(Exception):
+    """The agent cannot go on; it must end so that runtimes fail safe and a successor starts clean."""
+
+
+class Agent:
+    """See the module. `pool` is set by main after construction: each needs the other."""
+
+    pool: Pool
+
+    def __init__(
+        self,
+        *,
+        settings: Any,
+        server: Server,
+        gate: Gate,
+        memory: MemoryPool[Any],
+        registry: Registry,
+        identity: Identity[Tenant],
+        events: EventLog,
+        device: wire.Device = wire.Device.CPU,
+        clock: Callable[[], int] = time.monotonic_ns,
+    ) -> None:
+        """`settings`: valve_api.settings.EffectiveSettings."""
+        self.settings = settings
+        self.server = server
+        self.gate = gate
+        self.memory = memory
+        self.registry = registry
+        self.identity = identity
+        self.events = events
+        self.device = device
+        self.started_ns = clock()
+        self.paused = True
+        self.retired: dict[str, dict[str, int]] = {}
+        """Tenant -> counters of processes that are gone."""
+        self._clock = clock
+        self._by_connection: dict[int, Process] = {}
+        self._launchers: dict[int, Tenant] = {}
+        self._by_holder: dict[int, Process] = {}
+        self._holders = 0
+        self._scan = Scan()
+        self._scan_ns = 0
+        self._holds = HoldWorker(gate, server.wake)
+        self.on_second: Callable[[], None] = lambda: None
+        server.watch(gate.fileno(), self._on_gate)
+
+    def close(self) -> None:
+        self._holds.close()
+        self._scan.close()
+
+    # Handler: what the server sees ------------------------------------------------------------------
+
+    def on_frame(self, connection: Connection, frame: wire.Frame, fds: list[int]) -> None:
+        if connection.kind is Kind.NEW:
+            if isinstance(frame, wire.Tenant):
+                self._on_tenant(connection, frame)
+                return
+            if isinstance(frame, wire.Hello):
+                self._on_hello(connection, frame)
+                return
+        process = self._by_connection.get(connection.id)
+        if process is not None:
+            if isinstance(frame, wire.ArenaOpen):
+                self._on_arena_open(connection, process, frame)
+                return
+            if isinstance(frame, wire.ArenaRestore):
+                self._on_arena_restore(connection, process, frame, fds)
+                return
+            if process.memory is not None:
+                holder = process.memory.holder
+                if isinstance(frame, wire.Want):
+                    self._emit_for(process, "want", total=frame.total, urgent=frame.urgent, level="debug")
+                    self.pool.on_want(holder, frame.total)
+                    return
+                if isinstance(frame, wire.Return):
+                    self.pool.on_return(holder, int(frame.set))
+                    return
+                if isinstance(frame, wire.Reclaimed):
+                    self.pool.on_reclaimed(holder, frame.id, int(frame.set))
+                    return
+        for fd in fds:
+            os.close(fd)
+        raise wire.BadField(f"{frame.TYPE.name} is not expected now (this peer is {connection.kind.value})")
+
+    def on_protocol_error(self, connection: Connection, error: Exception) -> None:
+        self.events.emit(
+            "reject", level="warning", pid=connection.peer.pid, uid=connection.peer.uid,
+            error=type(error).__name__, why=str(error),
+        )  # fmt: skip
+
+    def on_closed(self, connection: Connection, why: str) -> None:
+        tenant = self._launchers.pop(connection.id, None)
+        if tenant is not None and tenant.launcher == connection.id:
+            tenant.launcher = None
+            self.events.emit("tenant-lost", tenant=tenant.name, why=why)
+        process = self._by_connection.pop(connection.id, None)
+        if process is not None:
+            self._process_disconnected(process, why)
+
+    def on_turn(self) -> None:
+        while (answer := self._holds.take()) is not None:
+            self.pool.on_held(*answer)
+        now = self._clock()
+        deadline = self.pool.deadline_ns()
+        if deadline is not None and now >= deadline:
+            self.pool.tick()
+        if now - self._scan_ns >= SCAN_NS:
+            self._scan_ns = now
+            self._every_second(now)
+
+    def deadline_ns(self) -> int | None:
+        deadline = self.pool.deadline_ns()
+        scan = self._scan_ns + SCAN_NS
+        return scan if deadline is None else min(scan, deadline)
+
+    # Effects: what the pool makes happen ------------------------------------------------------------
+
+    def hold(self) -> None:
+        self._holds.ask()
+
+    def release(self) -> None:
+        self.gate.release()
+
+    def ledger(self, holder: Holder) -> LedgerCopy | None:
+        memory = self._by_holder[holder.id].memory
+        assert memory is not None
+        try:
+            return memory.ledger.read()
+        except SharedMemoryError:
+            return None
+
+    def reclaim(self, holder: Holder, operation: int, mask: int) -> None:
+        frame = wire.Reclaim(id=operation, at_ns=self._clock(), set=wire.Bitmap.from_int(mask))
+        self._send_to(self._by_holder[holder.id], frame)
+
+    def discard(self, holder: Holder, mask: int) -> None:
+        memory = self._by_holder[holder.id].memory
+        assert memory is not None
+        try:
+            self.memory.discard(memory.arena, bits(mask))
+        except ArenaError as error:
+            self.kill(holder, str(error))
+
+    def grant(self, holder: Holder, mask: int) -> None:
+        frame = wire.Grant(id=0, at_ns=self._clock(), set=wire.Bitmap.from_int(mask))
+        self._send_to(self._by_holder[holder.id], frame)
+
+    def kill(self, holder: Holder, why: str) -> None:
+        self._kill(self._by_holder[holder.id], why)
+
+    def emit(self, event: str, *, level: str = "info", **fields: object) -> None:
+        self.events.emit(event, level=level, **fields)
+
+    # Launchers and processes ------------------------------------------------------------------------
+
+    def _on_tenant(self, connection: Connection, frame: wire.Tenant) -> None:
+        peer = connection.peer
+        if not self.identity.may_register(peer):
+            raise IdentityError(
+                RejectCode.EPERM,
+                f"uid {peer.uid} may not register tenants with this agent (it runs as uid {os.getuid()}): "
+                "run `valve run` as root or as the agent's user",
+            )
+        if frame.role not in (Role.ONLINE, Role.OFFLINE):
+            raise wire.BadField(f"role {frame.role} is neither online nor offline")
+        role = Role(frame.role)
+        name = frame.name.decode("utf-8", "replace") or f"{role.name.lower()}-{peer.pid}"
+        limit = self._limit_slabs(role, frame.memory_bytes)
+        earlier = self.registry.launchers.get(peer.pid)
+        if earlier is not None and earlier.role != role:
+            raise IdentityError(
+                RejectCode.EROLE,
+                f"launcher {peer.pid} is already the {earlier.role.name.lower()} tenant {earlier.name}: "
+                "start another `valve run` for the other role",
+            )
+        tenant, new = self.registry.register(name, role, limit, peer.pid, peer.pidfd, connection.id)
+        if new:
+            self.server.watch(tenant.launcher_pidfd, lambda: self._launcher_gone(tenant))
+        connection.kind = Kind.LAUNCHER
+        self._launchers[connection.id] = tenant
+        self.events.emit(
+            "tenant",
+            tenant=name,
+            id=tenant.id,
+            role=role.name.lower(),
+            pid=peer.pid,
+            slabs=tenant.limit_slabs,
+        )
+        connection.send(wire.TenantOk(tenant=tenant.id, role=role))
+
+    def _limit_slabs(self, role: Role, memory_bytes: int) -> int:
+        if role == Role.ONLINE:
+            return int(self.settings.slabs)
+        wanted = memory_bytes or self.settings.offline_default_bytes
+        return int(min(wanted // self.settings.slab_bytes, self.settings.slabs))
+
+    def _launcher_gone(self, tenant: Tenant) -> None:
+        self.server.unwatch(tenant.launcher_pidfd)
+        self.registry.launcher_gone(tenant)
+        self.events.emit("launcher-gone", tenant=tenant.name, pid=tenant.launcher_pid)
+
+    def _on_hello(self, connection: Connection, hello: wire.Hello) -> None:
+        main, pidfd = self.identity.main_of(connection.peer, hello)
+        try:
+            process = self._process(main, pidfd, hello)
+        except BaseException:
+            os.close(pidfd)
+            raise
+        tenant = process.tenant
+        helper = connection.peer.pid != main
+        page_fd, page = Page.create()
+        # Under the gate before WELCOME: an offline process must be stoppable as soon as it is a tenant.
+        try:
+            if tenant.role == Role.ONLINE:
+                self.gate.add_engine(connection.id, main, page_fd)
+            else:
+                barrier = bool(hello.flags & wire.HelloFlag.BARRIER)
+                self.gate.add_target(connection.id, main, process.pidfd, page_fd, barrier)
+        except GateError as error:
+            page.close()
+            os.close(page_fd)
+            if isinstance(error, GateDied):
+                raise
+            raise IdentityError(
+                RejectCode.EIDENTITY, f"process {main} cannot be controlled: {error}"
+            ) from error
+        process.link = Link(connection.id, page_fd, page, os.dup(connection.peer.pidfd) if helper else None)
+        process.helper_pid = connection.peer.pid if helper else None
+        self._by_connection[connection.id] = process
+        connection.kind = Kind.RUNTIME
+        self._emit_for(process, "attach", role=tenant.role.name.lower(), helper=helper, comm=process.comm)
+        fds = [page_fd, self.gate.doorbell_fd] if tenant.role == Role.ONLINE else [page_fd]
+        connection.send(
+            wire.Welcome(
+                role=tenant.role, device=self.device, tenant=tenant.id, slab_bytes=self.settings.slab_bytes,
+                slabs_limit=tenant.limit_slabs, lease_ms=self.settings.lease_ns // 1_000_000,
+            ),
+            fds,
+        )  # fmt: skip
+
+    def _process(self, main: int, pidfd: int, hello: wire.Hello) -> Process:
+        """The process that says HELLO, new or known, without a link; takes `pidfd` over unless it raises."""
+        tenant = self.identity.tenant_of(main)
+        if hello.role_claimed not in (Role.NONE, tenant.role):
+            claimed = (
+                Role(hello.role_claimed).name.lower() if hello.role_claimed in (1, 2) else hello.role_claimed
+            )
+            raise IdentityError(
+                RejectCode.EROLE,
+                f"process {main} says it is {claimed}, but its tenant {tenant.name} is "
+                f"{tenant.role.name.lower()}: start it with the matching `valve run --workload`",
+            )
+        known = self.registry.processes.get(main)
+        if known is not None:
+            os.close(pidfd)  # `known.pidfd` is watched, so this is the same process
+            if known.link is not None:
+                self.server.drop(self.server.connections[known.link.connection], "it connected again")
+            if hello.arena_slabs == 0 and known.memory is not None:
+                self._release_memory(known)  # it exec'ed: its address space, and the arena in it, are gone
+            return known
+        most = self.settings.offline_max_processes
+        offline = sum(
+            1 for process in self.registry.processes.values() if process.tenant.role == Role.OFFLINE
+        )
+        if tenant.role == Role.OFFLINE and offline >= most:
+            raise IdentityError(
+                RejectCode.EPERM,
+                f"{offline} offline processes are attached already, the policy's most: end one, or raise "
+                "spec.offline.maxProcesses",
+            )
+        process = Process(main, pidfd, tenant, hello.comm.decode("utf-8", "replace"))
+        self.registry.processes[main] = process
+        self.server.watch(pidfd, lambda: self._process_gone(process))
+        return process
+
+    def _process_disconnected(self, process: Process, why: str) -> None:
+        """The connection is lost. If the process lives it keeps its slabs, and the gate keeps it paused."""
+        link = process.link
+        if link is None:
+            return
+        process.link = None
+        process.lost_ns = self._clock()
+        self._retire(process.tenant, link.page)
+        link.page.close()
+        os.close(link.page_fd)
+        if link.helper_pidfd is not None:
+            os.close(link.helper_pidfd)
+        if process.memory is not None:
+            self.pool.disconnected(process.memory.holder)
+        self.gate.remove(link.connection)
+        self._emit_for(process, "detach", why=why)
+
+    def _process_gone(self, process: Process) -> None:
+        """It is dead: its memory returns to the machine, then its slabs to the pool."""
+        self.server.unwatch(process.pidfd)
+        if process.link is not None:
+            if process.link.helper_pidfd is not None:
+                _kill(process.link.helper_pidfd)
+            self.server.drop(self.server.connections[process.link.connection], "its process is gone")
+        self._release_memory(process)
+        self.registry.process_gone(process)
+        os.close(process.pidfd)
+        self._emit_for(process, "gone")
+
+    def _release_memory(self, process: Process) -> None:
+        memory, holder = process.memory, process.memory.holder if process.memory else None
+        if memory is None or holder is None:
+            return
+        self.discard(holder, (1 << holder.slabs) - 1)
+        process.memory = None
+        del self._by_holder[holder.id]
+        memory.ledger.close()
+        os.close(memory.ledger_fd)
+        self.memory.close(memory.arena)
+        self.pool.detach(holder)
+
+    def _kill(self, process: Process, why: str) -> None:
+        self._emit_for(process, "kill", level="error", why=why)
+        _kill(process.pidfd)
+        if process.link is not None and process.link.helper_pidfd is not None:
+            _kill(process.link.helper_pidfd)
+
+    # Arenas -----------------------------------------------------------------------------------------
+
+    def _on_arena_open(self, connection: Connection, process: Process, frame: wire.ArenaOpen) -> None:
+        if process.memory is not None:
+            raise wire.BadField("ARENA_OPEN came twice: a process has one arena")
+        tenant = process.tenant
+        most = min(tenant.limit_slabs, self.settings.arena_slabs)
+        if not 0 < frame.slabs <= most:
+            size = f"{frame.slabs * self.settings.slab_bytes >> 20}Mi"
+            limit = f"{most * self.settings.slab_bytes >> 20}Mi"
+            fix = (
+                "raise `valve run --memory` or give the engine less KV cache"
+                if tenant.role == Role.OFFLINE
+                else "give the engine less KV cache, or the policy's device more memory"
+            )
+            sentence = (
+                f"an arena of {size} is more than the {limit} that tenant {tenant.name} may have: {fix}"
+            )
+            self._emit_for(process, "denied", level="warning", why=sentence)
+            connection.send(
+                wire.Denied(code=RejectCode.EARENA, text=sentence.encode()[: wire.TEXT_BYTES - 1])
+            )
+            return
+        try:
+            arena = self.memory.create(int(frame.slabs))
+        except ArenaError as error:
+            self._emit_for(process, "denied", level="error", why=str(error))
+            connection.send(
+                wire.Denied(code=RejectCode.EARENA, text=str(error).encode()[: wire.TEXT_BYTES - 1])
+            )
+            return
+        ledger_fd, ledger = Ledger.create(int(frame.slabs))
+        self._add_memory(process, arena, ledger_fd, ledger, held=0)
+        connection.send(
+            wire.Arena(
+                slabs=arena.slabs, slab_bytes=self.settings.slab_bytes,
+                quarantine_bytes=arena.quarantine_bytes, ledger_bytes=ledger_bytes(arena.slabs),
+            ),
+            [arena.memory_fd, arena.quarantine_fd, ledger_fd],
+        )  # fmt: skip
+
+    def _on_arena_restore(
+        self, connection: Connection, process: Process, frame: wire.ArenaRestore, fds: list[int]
+    ) -> None:
+        """A runtime comes back with its arena: over an agent's restart, or over a lost connection."""
+        if process.memory is not None:
+            for fd in fds:
+                os.close(fd)
+            self._reconcile(process, process.memory.holder, int(frame.held))
+            return
+        try:
+            held, slabs = int(frame.held), int(frame.slabs)
+            arena = self.memory.restore(fds[0], fds[1], slabs)
+            if held >> slabs:
+                raise ArenaError(f"slabs beyond the arena's {slabs}")
+            if process.tenant.role == Role.OFFLINE and held.bit_count() > process.tenant.limit_slabs:
+                raise ArenaError(f"{held.bit_count()} slabs where {process.tenant.limit_slabs} are allowed")
+            ledger = Ledger(fds[2], slabs)
+        except (ArenaError, SharedMemoryError) as error:
+            for fd in fds:
+                os.close(fd)
+            if process.tenant.role == Role.OFFLINE:
+                self._kill(process, f"its memory cannot be accounted for: {error}")
+            raise IdentityError(RejectCode.EARENA, f"the arena cannot be restored: {error}") from error
+        self._add_memory(process, arena, fds[2], ledger, held)
+        self._emit_for(process, "restore", slabs=held.bit_count())
+
+    def _reconcile(self, process: Process, holder: Holder, claimed: int) -> None:
+        """The agent knows what was granted. Less than that: a grant got lost, take it back. More: a lie."""
+        if claimed & ~holder.held:
+            self._kill(process, "it claims slabs that it was not granted")
+            return
+        holder.attached = True
+        self.pool.on_return(holder, holder.held & ~claimed)
+        self._emit_for(process, "restore", slabs=claimed.bit_count())
+
+    def _add_memory(self, process: Process, arena: Any, ledger_fd: int, ledger: Ledger, held: int) -> None:
+        self._holders += 1
+        tenant = process.tenant
+        holder = Holder(
+            self._holders, tenant.id, tenant.name, tenant.role, arena.slabs, tenant.limit_slabs, held
+        )
+        process.memory = Memory(arena, ledger_fd, ledger, holder)
+        self._by_holder[holder.id] = process
+        self.pool.attach(holder)
+
+    # Time and the gate ------------------------------------------------------------------------------
+
+    def _every_second(self, now: int) -> None:
+        if self._scan.update(self.registry):
+            try:
+                self.gate.set_scanned(self._scan.found)
+            except GateDied:
+                raise
+            except GateError as error:
+                self.events.emit("uncontrollable", level="error", why=str(error))
+        for process in list(self.registry.processes.values()):
+            if process.memory is not None:
+                self._watch_memory(process, process.memory, now)
+        self.on_second()
+
+    def _watch_memory(self, process: Process, memory: Memory, now: int) -> None:
+        """What is not accounted for is not shared (P6). Online is only reported (P5)."""
+        slab_bytes = self.settings.slab_bytes
+        granted = memory.holder.count * slab_bytes
+        resident = self.memory.resident_bytes(memory.arena)
+        over = resident - granted > OVERUSE_SLABS * slab_bytes
+        if process.tenant.role == Role.ONLINE:
+            if over:
+                self._emit_for(process, "overuse", level="warning", granted=granted, resident=resident)
+        elif over:
+            self._kill(process, f"it uses {resident} bytes of its arena where {granted} were granted")
+        elif process.link is None and now - process.lost_ns > LOST_NS and memory.holder.held:
+            self._kill(process, "it holds memory and has not reconnected for 5 s")
+
+    def _on_gate(self) -> None:
+        try:
+            happened = self.gate.read_events()
+        except GateDied as error:
+            raise AgentFailed(str(error)) from error
+        for event in happened:
+            name = str(event.pop("event"))
+            conn = event.pop("conn", None)
+            process = self._by_connection.get(conn) if conn is not None else None
+            if process is not None:
+                event["tenant"] = process.tenant.name
+            if name in ("pause", "resume"):
+                self.paused = name == "pause"
+            quiet = name in ("busy", "idle", "missed_busy", "pause", "resume", "target_gone")
+            self.events.emit(name, level="debug" if quiet else "warning", **event)
+
+    def _retire(self, tenant: Tenant, page: Page) -> None:
+        """Keep the counters of a page that goes away, so that metrics never fall."""
+        kept = self.retired.setdefault(tenant.name, dict.fromkeys(COUNTERS, 0))
+        for name in COUNTERS:
+            kept[name] += getattr(page, name)
+
+    def _send_to(self, process: Process, frame: wire.Frame) -> None:
+        if process.link is not None:
+            self.server.connections[process.link.connection].send(frame)
+
+    def _emit_for(self, process: Process, event: str, *, level: str = "info", **fields: object) -> None:
+        self.events.emit(event, level=level, tenant=process.tenant.name, pid=process.pid, **fields)
+
+
+def _kill(pidfd: int) -> None:
+    try:
+        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+    except ProcessLookupError:
+        return  # it is dead already, which is what was wanted

@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`valve agent`: puts the parts together, runs them, takes them apart.
+
+Why it exists: the only place of the agent that reads arguments, environment and files. It keeps no state on
+disk; SIGTERM closes cleanly, and kill -9 loses nothing that the runtimes do not bring back.
+
+Threading model: the calling thread becomes the server thread. Beside it: the event writer, the hold worker
+and, if asked for, the metrics server. The gate is a process. Called by `valve_cli.main`.
+
+Exit status: 0 after SIGTERM or SIGINT, 1 when the gate is lost, 2 when it cannot start as told.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import resource
+import signal
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+
+from valve_agent import sockets
+from valve_agent.agent import Agent, AgentFailed
+from valve_agent.devices.base import DeviceError
+from valve_agent.devices.cpu.memory import CpuMemoryPool, check_fits_machine
+from valve_agent.events import EventLog
+from valve_agent.gate_link import GateDied, GateError, GateHandle, GateSettings
+from valve_agent.identity import LocalIdentity
+from valve_agent.policy.reservation import Reservation
+from valve_agent.pool import Pool
+from valve_agent.registry import Registry, Tenant
+from valve_agent.server import Server
+from valve_agent.status import StatusSocket, snapshot
+from valve_api.errors import PolicyError
+from valve_api.load import load_policy
+from valve_api.settings import EffectiveSettings, settings_for
+
+METRICS_PORT = 0
+DESCRIPTORS = 65_536
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--policy", required=True, metavar="FILE", help="a ColocationPolicy (YAML)")
+    parser.add_argument(
+        "--device", default="cpu", choices=["cpu"], help="which device to share (default: cpu)"
+    )
+    parser.add_argument(
+        "--socket", type=Path, metavar="PATH", help="where to listen (default: /run/valve/agent.sock)"
+    )
+    parser.add_argument(
+        "--events", type=Path, metavar="FILE", help="append every event to this file, as JSON lines"
+    )
+    parser.add_argument(
+        "--metrics-port",
+        type=int,
+        default=METRICS_PORT,
+        metavar="N",
+        help="Prometheus on 127.0.0.1:N (0: off)",
+    )
+
+
+def main(arguments: argparse.Namespace) -> int:
+    try:
+        settings = settings_for(load_policy(arguments.policy))
+        check_fits_machine(settings.device_bytes)
+        path = arguments.socket or sockets.default_path(os.environ, os.getuid())
+        _raise_descriptor_limit()
+        listener = sockets.listen(path, 0o666)
+    except (PolicyError, DeviceError, sockets.SocketTaken, OSError) as error:
+        print(f"valve agent: {error}", file=sys.stderr)
+        return 2
+    try:
+        status_path = path.with_name(path.name + sockets.STATUS_SUFFIX)
+        status_listener = sockets.listen(status_path, 0o600, sockets.STATUS_KIND)
+        events = EventLog(arguments.events, sys.stderr)
+        gate = GateHandle.start(arguments.device, gate_settings(settings))
+    except (GateError, sockets.SocketTaken, OSError) as error:
+        print(f"valve agent: {error}", file=sys.stderr)
+        path.unlink(missing_ok=True)
+        return 2
+    memory = CpuMemoryPool(settings.slab_bytes)
+    server = Server(listener)
+    registry = Registry()
+    identity: LocalIdentity[Tenant] = LocalIdentity(registry.launchers, os.getuid())
+    agent = Agent(
+        settings=settings,
+        server=server,
+        gate=gate,
+        memory=memory,
+        registry=registry,
+        identity=identity,
+        events=events,
+    )
+    agent.pool = make_pool(settings, agent)
+    status = StatusSocket(status_listener)
+
+    def document() -> dict[str, object]:
+        return snapshot(agent, gate.stats(), huge_pages=memory.huge_pages, now_ns=time.monotonic_ns())
+
+    server.watch(status.fileno(), lambda: status.answer(document()))
+    metrics = None
+    if arguments.metrics_port:
+        from valve_agent.metrics import Collector, MetricsServer
+
+        collector = Collector()
+        agent.on_second = lambda: collector.publish(document())
+        metrics = MetricsServer(collector, arguments.metrics_port)
+
+    def stop(_number: int, _frame: FrameType | None) -> None:
+        server.stop()
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
+    events.emit(
+        "start", socket=str(path), pid=os.getpid(), policy=settings.policy, device=arguments.device,
+        slabs=settings.slabs, slab_bytes=settings.slab_bytes, huge_pages=memory.huge_pages,
+        lease_ms=settings.lease_ns // 1_000_000,
+    )  # fmt: skip
+    if memory.why_small_pages:
+        events.emit("small-pages", level="warning", why=memory.why_small_pages)
+    gc.collect()
+    gc.freeze()
+    try:
+        server.run(agent)
+    except (AgentFailed, GateDied) as error:
+        events.emit("failed", level="error", why=str(error))
+        return 1
+    finally:
+        events.emit("stop")
+        if metrics is not None:
+            metrics.close()
+        path.unlink(missing_ok=True)
+        status_path.unlink(missing_ok=True)
+        status.close()
+        server.close()
+        agent.close()
+        gate.close()
+        memory.shut_down()
+        events.close()
+    return 0
+
+
+def make_pool(settings: EffectiveSettings, agent: Agent) -> Pool:
+    now = time.monotonic_ns()
+    return Pool(
+        slabs=settings.slabs,
+        slab_bytes=settings.slab_bytes,
+        reservation=Reservation(
+            min_slabs=settings.reservation.min_slabs,
+            max_slabs=settings.reservation.max_slabs,
+            increase_factor=settings.reservation.factor,
+            decrease_slabs=settings.reservation.decrease_slabs,
+            quiet_period_ns=settings.reservation.quiet_ns,
+            now_ns=now,
+        ),
+        max_reclaims_per_minute=settings.max_reclaims_per_minute,
+        effects=agent,
+        online_floor_slabs=settings.online_floor_slabs,
+        recover_until_ns=now + settings.recovery_grace_ns,
+    )
+
+
+def gate_settings(settings: EffectiveSettings) -> GateSettings:
+    return GateSettings(
+        cooldown_factor=settings.cooldown_factor,
+        cooldown_min_ns=settings.cooldown_min_ns,
+        cooldown_max_ns=settings.cooldown_max_ns,
+        recovery_grace_ns=settings.recovery_grace_ns,
+        lease_ns=settings.lease_ns,
+        kill_after_ns=settings.pause_timeout_ns,
+    )
+
+
+def _raise_descriptor_limit() -> None:
+    """Each tenant process costs about ten descriptors; the usual soft limit is 1024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, DESCRIPTORS)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
