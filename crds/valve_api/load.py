@@ -98,11 +98,8 @@ class _Loader(yaml.SafeLoader):
 
 
 def _document(text: str, source: str) -> object:
-    loader = _Loader(text)
     try:
-        documents: list[object] = []
-        while loader.check_data():  # type: ignore[no-untyped-call]
-            documents.append(loader.get_data())
+        documents = [document for document in yaml.load_all(text, _Loader) if document is not None]
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         where = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
@@ -113,9 +110,6 @@ def _document(text: str, source: str) -> object:
         raise _refuse(source, "is not a policy: it is nested too deeply") from None
     except ValueError as error:  # a date such as 2026-99-99, an int of too many digits
         raise _refuse(source, f"is not valid YAML: {error}") from None
-    finally:
-        loader.dispose()
-    documents = [document for document in documents if document is not None]
     if not documents:
         raise _refuse(source, f"is empty; {_HEAD}")
     if len(documents) > 1:
@@ -157,14 +151,15 @@ _SENTENCES: dict[str, Callable[[dict[str, Any]], str]] = {
     "int_type": lambda c: "must be a whole number, without quotes and unit",
     "float_type": lambda c: "must be a number, without quotes and unit",
     "string_type": lambda c: "must be text; put it in quotes",
-    "bool_type": lambda c: "must be true or false",
     "model_type": lambda c: "must be an object of fields, one per line",
-    "dict_type": lambda c: "must be a list of name: value lines",
+    "dict_type": lambda c: "must be lines of name: value",
     "list_type": lambda c: "must be a list",
-    "too_long": lambda c: f"has {c['actual_length']} entries; at most {c['max_length']} are allowed",
+    "too_long": lambda c: f"must have at most {c['max_length']} entries",
     "string_too_short": lambda c: f"must have at least {c['min_length']} character(s)",
     "string_too_long": lambda c: f"must have at most {c['max_length']} characters",
-    "string_pattern_mismatch": lambda c: f"must match {c['pattern']}",
+    "string_pattern_mismatch": lambda c: (
+        "must be lower case letters, digits, - and ., with a letter or digit at both ends"
+    ),
 }
 """pydantic's error types that a policy can meet, as sentences; tests/unit/api names a case for each."""
 
