@@ -22,6 +22,10 @@ VALVE_API int valve_role(void);
 /* 1 while a connection to the agent stands. */
 VALVE_API int valve_connected(void);
 
+/* Connect now (an online process otherwise connects when it first uses this API) and
+ * wait up to timeout_ms for the agent.  1 if connected. */
+VALVE_API int valve_attach(int timeout_ms);
+
 /* The last sentence the agent refused us with, or "". */
 VALVE_API const char *valve_last_error(void);
 
@@ -40,8 +44,8 @@ enum valve_counter {
 };
 VALVE_API void valve_count(int counter, uint64_t n);
 
-/* Open this process's arena: reserves `bytes` (rounded up to slabs) of address
- * space, every slab of it on the quarantine page.  Waits up to timeout_ms for the
+/* Open this process's arena: reserves `bytes` (rounded up to slabs; 0: as much as the
+ * tenant may ever hold) of address space, every slab of it on the quarantine page.  Waits up to timeout_ms for the
  * agent.  Returns the base (2 MiB aligned) or NULL; valve_last_error() says why.
  * One arena per process. */
 VALVE_API void *valve_arena_open(uint64_t bytes, int timeout_ms, uint64_t *slab_bytes, uint32_t *slabs);
@@ -50,11 +54,13 @@ VALVE_API void *valve_arena_open(uint64_t bytes, int timeout_ms, uint64_t *slab_
  * requests wait for them.  Answers come as events. */
 VALVE_API int valve_want(uint32_t total_slabs, int urgent);
 
-/* Give one slab back: it is remapped to quarantine, then the agent is told. */
+/* Give one slab back: it is remapped to quarantine, then the agent is told.  -1 if the
+ * slab is not held (if it was lost meanwhile, valve_poll says so). */
 VALVE_API int valve_return(uint32_t slab);
 
 /* Next thing that happened to the arena.  Returns 1 and fills *event, or 0 if there
- * is none.  Events come in the order in which they happened. */
+ * is none.  Losses come before grants; the events of one slab come in order (a slab
+ * granted and lost before anyone asked gives none). */
 enum valve_event_kind { VALVE_EVENT_GRANTED = 1, VALVE_EVENT_LOST = 2 };
 struct valve_event {
     uint32_t kind;

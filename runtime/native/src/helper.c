@@ -1,0 +1,98 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * The address-space helper: a process made by clone(CLONE_VM).  It shares memory and
+ * nothing else with the process it serves: job control does not stop it along with
+ * the process, and closing all descriptors there does not cut it off.  It inherits
+ * the thread pointer of the thread that made it, hence sys.h and no libc.
+ */
+#include "control.h"
+#include "state.h"
+#include "sys.h"
+
+#include <fcntl.h>
+#include <signal.h>
+#include <sys/prctl.h>
+#include <sys/signalfd.h>
+#include <linux/kcmp.h>
+
+#ifndef SYS_pidfd_open
+#define SYS_pidfd_open 434
+#define SYS_pidfd_send_signal 424
+#endif
+#ifndef SYS_close_range
+#define SYS_close_range 436
+#endif
+
+/* kcmp says whether the process still has our memory; where a sandbox forbids kcmp, the
+ * auxiliary vector tells programs apart, because it holds random addresses. */
+static int kcmp_works;
+static uint64_t image_at_start;
+
+static long compare_memory(void)
+{
+    return SYS5(SYS_kcmp, sys_getpid(), valve.main_pid, KCMP_VM, 0, 0);
+}
+
+/* A hash of /proc/PID/auxv of the process served; 0 if it cannot be read. */
+static uint64_t image(void)
+{
+    char number[24], path[48] = "/proc/";
+    unsigned char bytes[512];
+    size_t n = 6;
+    for (const char *c = valve_decimal((uint64_t)valve.main_pid, number); *c; c++)
+        path[n++] = *c;
+    valve_copy_text(path + n, sizeof path - n, "/auxv");
+    int fd = (int)SYS4(SYS_openat, AT_FDCWD, path, O_RDONLY | O_CLOEXEC, 0);
+    if (fd < 0)
+        return 0;
+    long got = SYS3(SYS_read, fd, bytes, sizeof bytes);
+    sys_close(fd);
+    uint64_t hash = 14695981039346656037u; /* FNV-1a */
+    for (long i = 0; i < got; i++)
+        hash = (hash ^ bytes[i]) * 1099511628211u;
+    return got > 0 ? hash : 0;
+}
+
+int helper_enter(void)
+{
+    SYS2(SYS_prctl, PR_SET_NAME, "valve-helper");
+    SYS0(SYS_setsid);
+    sys_close(0);
+    sys_close(1);
+    SYS3(SYS_close_range, 3, ~0u, 0);
+    kcmp_works = compare_memory() == 0;
+    image_at_start = kcmp_works ? 0 : image();
+    return (int)SYS2(SYS_pidfd_open, valve.main_pid, 0);
+}
+
+int helper_signals(void)
+{
+    uint64_t mask = 1ull << (SIGURG - 1);
+    return (int)SYS4(SYS_signalfd4, -1, &mask, sizeof mask, SFD_CLOEXEC | SFD_NONBLOCK);
+}
+
+void helper_drain_signals(int fd)
+{
+    struct signalfd_siginfo infos[4];
+    while (SYS3(SYS_read, fd, infos, sizeof infos) > 0)
+        ;
+}
+
+int helper_is_needed(void)
+{
+    if (sys_getppid() != valve.main_pid)
+        return 0;
+    /* A different address space: the process has run exec, and this helper serves memory
+     * that nobody uses.  (An error after a success: it has become a process we may not see.) */
+    if (kcmp_works)
+        return compare_memory() == 0;
+    return image_at_start == 0 || image() == image_at_start;
+}
+
+void helper_stop_process(int pidfd)
+{
+    if (!helper_is_needed())
+        SYS1(SYS_exit_group, 0);
+    if (pidfd < 0 || SYS4(SYS_pidfd_send_signal, pidfd, SIGSTOP, NULL, 0) < 0)
+        SYS2(SYS_kill, valve.main_pid, SIGSTOP);
+}

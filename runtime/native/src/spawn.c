@@ -1,0 +1,73 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * Starting the control loop as a thread or as the address-space helper.  Runs in the
+ * process's own thread (constructor, first API call, or after fork in the child).
+ */
+#include "state.h"
+#include "sys.h"
+
+#include <pthread.h>
+#include <sched.h>
+#include <signal.h>
+#include <sys/mman.h>
+
+#define STACK_BYTES (256u << 10)
+#define GUARD_BYTES (64u << 10)
+
+static void *thread_main(void *nothing)
+{
+    (void)nothing;
+    pthread_setname_np(pthread_self(), "valve-control");
+    valve_control_run(0);
+}
+
+int valve_spawn_thread(void)
+{
+    sigset_t all, before;
+    pthread_t thread;
+    pthread_attr_t attributes;
+    sigfillset(&all);
+    int result = pthread_attr_init(&attributes);
+    if (result != 0)
+        return -result;
+    pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    result = pthread_create(&thread, &attributes, thread_main, NULL);
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    pthread_attr_destroy(&attributes);
+    return -result;
+}
+
+#ifdef VALVE_CONTROL_THREAD
+/* Build for ThreadSanitizer, which does not know processes that share memory: the same
+ * loop as a thread.  It stops with the process, so it keeps no promise; for tests only. */
+int valve_spawn_helper(void)
+{
+    return valve_spawn_thread();
+}
+#else
+static int helper_main(void *nothing)
+{
+    (void)nothing;
+    valve_control_run(1);
+}
+
+int valve_spawn_helper(void)
+{
+    static char *stack; /* survives fork: the child's helper takes the copy */
+    if (stack == NULL) {
+        long at = sys_mmap(NULL, STACK_BYTES + GUARD_BYTES, PROT_READ | PROT_WRITE,
+                           MAP_PRIVATE | MAP_ANONYMOUS | MAP_STACK, -1, 0);
+        if (sys_failed(at))
+            return (int)at;
+        SYS3(SYS_mprotect, at, GUARD_BYTES, PROT_NONE);
+        stack = (char *)at;
+    }
+    uint64_t all = ~0ull, before = 0;
+    SYS4(SYS_rt_sigprocmask, SIG_SETMASK, &all, &before, sizeof all);
+    int pid = clone(helper_main, stack + STACK_BYTES + GUARD_BYTES, CLONE_VM, NULL);
+    int result = pid < 0 ? -errno : pid;
+    SYS4(SYS_rt_sigprocmask, SIG_SETMASK, &before, NULL, sizeof before);
+    return result;
+}
+#endif
