@@ -83,7 +83,15 @@ _HEAD = f"it must begin with apiVersion: {API_VERSION} and kind: {KIND_POLICY}"
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that refuses a key given twice: the second would win silently."""
+    """SafeLoader that refuses a key given twice (the second would win silently) and aliases (no bombs)."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
+            raise yaml.composer.ComposerError(
+                None, None, "a policy has no aliases; write the value out", mark
+            )
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[object] = set()
@@ -144,6 +152,7 @@ def _one_of(context: dict[str, Any]) -> str:
 
 
 _SENTENCES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "invalid_key": lambda c: "a field's name must be text",
     "enum": _one_of,
     "literal_error": _one_of,
     "greater_than_equal": lambda c: f"must be at least {c['ge']:g}",
@@ -205,7 +214,10 @@ def _path(loc: tuple[int | str, ...]) -> str:
 
 def _show(value: object) -> str:
     """A value as YAML would write it on one line, cut short."""
-    text = json.dumps(value, default=str, ensure_ascii=False)
+    try:
+        text = json.dumps(value, default=str, ensure_ascii=False)
+    except TypeError:  # a date as a key, which YAML can say and JSON cannot
+        text = str(value)
     return text if len(text) <= GIVEN_CHARS_MAX else text[: GIVEN_CHARS_MAX - 1] + "…"
 
 

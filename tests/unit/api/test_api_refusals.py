@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +172,8 @@ FIELDS = [
     ("nothing where an object is expected", "spec.memory", None, None, "null: must be an object of fields"),
     ("a name Kubernetes would not take", "metadata.name", "My_Policy", None, "lower case"),
     ("finalizers that are no list", "metadata.finalizers", "x", None, "must be a list"),
+    ("a number as a name", "spec.memory", {3: 1}, "spec.memory[3]", "a field's name must be text"),
+    ("a date as a name", "spec.compute.lease", {date(2026, 1, 1): 1}, None, "write 500us"),
     ("no name", "metadata", {}, "metadata.name", "missing"),
     ("another kind", "kind", "Pod", None, '"Pod": must be ColocationPolicy'),
     ("another version", "apiVersion", "valve.io/v1", None, '"valve.io/v1": must be valve.io/v1alpha1'),
@@ -205,7 +208,8 @@ TEXTS = [
     ("a field twice", yaml.safe_dump(GOOD) + "spec: {}\n", "'spec' is given twice"),
     ("a Python object", "a: !!python/object:os.system {}", "is not valid YAML"),
     ("a control character", "a: \x01", "is not valid YAML"),
-    ("an unknown alias", "a: *b", "is not valid YAML"),
+    ("an alias", "a: &b [1]\nc: *b", "(line 2, column 4): a policy has no aliases"),
+    ("a list that holds itself", "a: &b [*b]", "a policy has no aliases"),
     ("a date that is none", "a: 2026-99-99", "is not valid YAML"),
     ("nested without end", "[" * 5000, "nested too deeply"),
     ("no kind", "apiVersion: valve.io/v1alpha1", "kind: null: must be ColocationPolicy"),
