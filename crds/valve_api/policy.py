@@ -280,7 +280,8 @@ class Guardrails(ApiModel):
     unknown_processes: UnknownProcesses = setting(
         UnknownProcesses.REPORT,
         what="A process that uses the device and belongs to no tenant: Report counts and logs it; Refuse "
-        "also gives offline no compute while it is there, since nobody can pause it (promise P6).",
+        "also gives offline no compute while it is there, since nobody can pause it (promise P6). The cpu "
+        "device has none: only tenants reach its memory.",
         why="a first installation should show what runs on its nodes before it acts on it.",
     )
     max_reclaims_per_minute: Count = setting(
