@@ -325,7 +325,7 @@ class Agent:
         connection.send(
             wire.Welcome(
                 role=tenant.role, device=self.device, tenant=tenant.id, slab_bytes=self.settings.slab_bytes,
-                slabs_limit=tenant.limit_slabs, lease_ms=self.settings.lease_ns // 1_000_000,
+                slabs_limit=min(tenant.limit_slabs, self.settings.arena_slabs), lease_ms=self.settings.lease_ns // 1_000_000,
             ),
             fds,
         )  # fmt: skip
