@@ -1,0 +1,9 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`python -m valve_cli.demo`, the same as `valve demo`."""
+
+import sys
+
+from valve_cli.demo import main
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
