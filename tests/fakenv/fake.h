@@ -40,6 +40,7 @@ struct engine { /* the GPU as one CUDA process sees it */
     uint64_t slots_used; /* bit per slot */
     unsigned refs;       /* UVM file, channels */
     bool dead;           /* its process has gone */
+    bool fault_seen;
 };
 
 struct file { /* one open(); the driver's file private */
@@ -158,6 +159,8 @@ uint32_t sched_preempt(struct tsg *tsg, const struct ctrl_preempt *p);
 uint32_t sched_restart_runlist(struct channel *channel, bool wait);
 void sched_set_tsg(struct tsg *tsg, bool scheduled);
 void sched_apply_gpu(unsigned gpu);
+/* Turns faults that engines have met since the last call into Xid 31. */
+void sched_collect_faults(void);
 
 /* uvm.c: status word of the params is written back by it; returns 0 or -errno */
 int uvm_ioctl(const struct caller *caller, uint32_t command, uint64_t argument);

@@ -68,7 +68,8 @@ struct engine_command { uint32_t op, slot; uint64_t base, length, offset; };
 struct engine_answer { int32_t error; };
 
 /* Private ioctls ('F', numbers no real driver uses). */
-enum { FAKENV_ESC_ATTACH = 0xf0, FAKENV_ESC_QUERY = 0xf1 };
+enum { FAKENV_ESC_ATTACH = 0xf0, FAKENV_ESC_QUERY = 0xf1, FAKENV_ESC_SIZE = 0xf2 };
+struct fakenv_size { uint32_t client, object; uint64_t bytes; }; /* 0: no such memory */
 struct fakenv_attach { /* on the UVM file; fills in the two descriptors */
     int32_t shared_fd, command_fd;
     uint32_t status, pad;
@@ -80,8 +81,9 @@ struct fakenv_query { /* on any control file: what NVML and cuMemGetInfo need */
     uint64_t total_bytes, used_bytes;
     uint32_t process_count, xid;
     uint64_t xid_count;
+    uint32_t running, pad; /* channels with a kernel on the GPU right now */
     struct { uint32_t pid, pad; uint64_t used_bytes; } process[FAKENV_MAX_PROCESSES];
-    char version[64], name[64];
+    char version[64], name[64], branch[8];
     uint8_t uuid[16];
 };
 

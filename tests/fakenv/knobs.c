@@ -56,12 +56,16 @@ static void status(struct text *t)
     static const char *const runs[] = {"evict", "on", "drain"};
     static const char *const states[] = {"idle", "running", "parked", "dead"};
     const char *sep = "";
+    sched_collect_faults();
     put(t, "{\"branch\": \"%s\", \"version\": \"%s\", \"gpus\": %u, \"calls\": %llu, "
            "\"remaps_while_running\": %llu, \"evict_timeouts\": %llu, \"used_bytes\": [",
         machine.branch->name, machine.version, machine.gpus, (unsigned long long)machine.calls,
         (unsigned long long)machine.remaps_while_running, (unsigned long long)machine.evict_timeouts);
     for (unsigned i = 0; i < machine.gpus; i++)
         put(t, "%s%llu", i ? ", " : "", (unsigned long long)machine.used_bytes[i]);
+    put(t, "], \"xids\": [");
+    for (unsigned i = 0; i < machine.gpus; i++)
+        put(t, "%s[%u, %llu]", i ? ", " : "", machine.last_xid[i], (unsigned long long)machine.xid_count[i]);
     put(t, "], \"files\": [");
     for (struct file *f = machine.files; f; f = f->next, sep = ", ")
         put(t, "%s{\"kind\": \"%s\", \"pid\": %d, \"inode\": %llu}", sep,

@@ -159,6 +159,8 @@ static void query(struct fakenv_query *q)
     q->gpus = machine.gpus;
     snprintf(q->version, sizeof q->version, "%s", machine.version);
     snprintf(q->name, sizeof q->name, "NVIDIA Fake GPU");
+    snprintf(q->branch, sizeof q->branch, "%s", machine.branch->name);
+    sched_collect_faults();
     q->status = gpu < machine.gpus ? NV_OK : NV_ERR_INVALID_DEVICE;
     if (q->status)
         return;
@@ -168,6 +170,9 @@ static void query(struct fakenv_query *q)
     q->used_bytes = machine.used_bytes[gpu];
     q->xid = machine.last_xid[gpu];
     q->xid_count = machine.xid_count[gpu];
+    for (struct channel *c = machine.channels; c; c = c->next_all)
+        if (c->gpu == gpu && c->engine && c->engine->shared->slot[c->token].state == ST_RUNNING)
+            q->running++;
     for (struct client *c = machine.clients; c; c = c->next)
         for (struct object *o = c->objects; o; o = o->next) {
             if (o->gpu != gpu || (o->kind != OBJ_TSG && o->kind != OBJ_MEMORY))
@@ -182,6 +187,13 @@ static void query(struct fakenv_query *q)
             q->process[i].pid = (uint32_t)pid;
             q->process[i].used_bytes += o->kind == OBJ_MEMORY ? o->memory->bytes : 0;
         }
+}
+
+static void memory_size(struct fakenv_size *p)
+{
+    struct client *client = client_find(p->client);
+    struct object *o = client ? object_find(client, p->object) : NULL;
+    p->bytes = o && o->kind == OBJ_MEMORY ? o->memory->bytes : 0;
 }
 
 static int check_version(struct nv_version *v)
@@ -226,6 +238,7 @@ static size_t escape_size(uint32_t nr, size_t size)
     case NV_ESC_SYS_PARAMS: return 8;
     case FAKENV_ESC_ATTACH: return sizeof(struct fakenv_attach);
     case FAKENV_ESC_QUERY: return sizeof(struct fakenv_query);
+    case FAKENV_ESC_SIZE: return sizeof(struct fakenv_size);
     case NV_ESC_CARD_INFO:
     case NV_ESC_ATTACH_GPUS_TO_FD: return size;
     default: return SIZE_MAX;
@@ -264,6 +277,7 @@ static int escape(const struct caller *caller, uint32_t nr, size_t size, uint64_
     case NV_ESC_WAIT_OPEN_COMPLETE: memset(p, 0, size); break;
     case FAKENV_ESC_ATTACH: result = attach(caller, (void *)p); break;
     case FAKENV_ESC_QUERY: query((void *)p); break;
+    case FAKENV_ESC_SIZE: memory_size((void *)p); break;
     case NV_ESC_RM_ALLOC:
         if (size == sizeof(struct nvos64)) {
             rm_alloc(caller, (void *)p);

@@ -183,3 +183,15 @@ void sched_apply_gpu(unsigned gpu)
             channel_apply(c);
         }
 }
+
+void sched_collect_faults(void)
+{
+    for (struct channel *c = machine.channels; c; c = c->next_all) {
+        uint32_t xid = c->engine ? atomic_load(&c->engine->shared->xid) : 0;
+        if (!xid || c->engine->fault_seen || c->engine->shared->slot[c->token].state != ST_DEAD)
+            continue;
+        c->engine->fault_seen = true;
+        machine.last_xid[c->gpu] = xid;
+        machine.xid_count[c->gpu]++;
+    }
+}
