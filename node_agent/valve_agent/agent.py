@@ -27,6 +27,7 @@ from valve_agent.devices.base import ArenaError, MemoryPool
 from valve_agent.events import EventLog
 from valve_agent.gate_link import GateDied, GateError
 from valve_agent.identity import Identity, IdentityError
+from valve_agent.policy.rate import RateLimit
 from valve_agent.pool import HOLD_TIMEOUT_NS, Holder, Pool
 from valve_agent.registry import Link, Memory, Process, Registry, Scan, Tenant
 from valve_agent.server import Server
@@ -39,6 +40,8 @@ LOST_NS = 5_000_000_000
 killed. A runtime reconnects every 100 ms."""
 OVERUSE_SLABS = 1
 """Pages beyond what was granted that are not yet held against a process: one slab, for rounding."""
+REJECTS_LOGGED_PER_MINUTE = 120
+"""Anybody may connect and be refused; the log must not fill the disk for it."""
 COUNTERS = ("requests", "tokens", "recomputed", "lost_blocks", "recomputed_tokens")
 
 
@@ -125,6 +128,9 @@ class Agent:
         self.paused = True
         self.retired: dict[str, dict[str, int]] = {}
         """Tenant -> counters of processes that are gone."""
+        self.rejects = 0
+        self._rejects_unsaid = 0
+        self._reject_log = RateLimit(REJECTS_LOGGED_PER_MINUTE, REJECTS_LOGGED_PER_MINUTE, self.started_ns)
         self._clock = clock
         self._by_connection: dict[int, Process] = {}
         self._launchers: dict[int, Tenant] = {}
@@ -175,10 +181,15 @@ class Agent:
         raise wire.BadField(f"{frame.TYPE.name} is not expected now (this peer is {connection.kind.value})")
 
     def on_protocol_error(self, connection: Connection, error: Exception) -> None:
+        self.rejects += 1
+        if not self._reject_log.allow(self._clock()):
+            self._rejects_unsaid += 1
+            return
         self.events.emit(
             "reject", level="warning", pid=connection.peer.pid, uid=connection.peer.uid,
-            error=type(error).__name__, why=str(error),
+            error=type(error).__name__, why=str(error), unsaid=self._rejects_unsaid,
         )  # fmt: skip
+        self._rejects_unsaid = 0
 
     def on_closed(self, connection: Connection, why: str) -> None:
         tenant = self._launchers.pop(connection.id, None)
@@ -325,7 +336,8 @@ class Agent:
         connection.send(
             wire.Welcome(
                 role=tenant.role, device=self.device, tenant=tenant.id, slab_bytes=self.settings.slab_bytes,
-                slabs_limit=min(tenant.limit_slabs, self.settings.arena_slabs), lease_ms=self.settings.lease_ns // 1_000_000,
+                slabs_limit=min(tenant.limit_slabs, self.settings.arena_slabs),
+                lease_ms=self.settings.lease_ns // 1_000_000,
             ),
             fds,
         )  # fmt: skip
@@ -393,6 +405,11 @@ class Agent:
         self.registry.process_gone(process)
         os.close(process.pidfd)
         self._emit_for(process, "gone")
+
+    def _forget(self, process: Process) -> None:
+        self.server.unwatch(process.pidfd)
+        self.registry.process_gone(process)
+        os.close(process.pidfd)
 
     def _release_memory(self, process: Process) -> None:
         memory, holder = process.memory, process.memory.holder if process.memory else None
@@ -501,6 +518,10 @@ class Agent:
     # Time and the gate ------------------------------------------------------------------------------
 
     def _every_second(self, now: int) -> None:
+        for process in list(self.registry.processes.values()):
+            if process.link is None and process.memory is None and now - process.lost_ns > SCAN_NS:
+                # It became a program without libvalve: if it is offline the scan finds it from now on.
+                self._forget(process)
         if self._scan.update(self.registry):
             try:
                 self.gate.set_scanned(self._scan.found)

@@ -460,6 +460,14 @@ class Gate:
                 self._pause_some([target], "lost")
 
     def _do_scan_add(self, pid: int, pidfd: int) -> None:
+        lost = self._lost.pop(pid, None)
+        if lost is not None:
+            # Main found that it holds no memory (it became another program): stopping it is all it takes.
+            os.close(pidfd)
+            self._scanned[pid] = lost
+            if not self._policy.paused:
+                self._compute.resume([lost])
+            return
         if pid in self._scanned or any(target.pid == pid for target in self._targets):
             os.close(pidfd)
             return

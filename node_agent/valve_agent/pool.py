@@ -100,6 +100,8 @@ class _Operation:
     held_ns: int = 0
     sent_ns: int = 0
     remapped_ns: int = 0
+    discarding_ns: int = 0
+    """Time spent on giving pages back to the machine."""
     choice: Choice | None = None
     waiting: dict[int, int] = field(default_factory=dict)
     """holder id -> slabs that it was asked to remap"""
@@ -258,6 +260,7 @@ class Pool:
         operation.remapped_ns = self._clock()
         mask &= holder.held
         self._effects.discard(holder, mask)
+        operation.discarding_ns += self._clock() - operation.remapped_ns
         holder.held &= ~mask
         operation.taken[holder.id] = mask
         self._answered(holder)
@@ -438,6 +441,7 @@ class Pool:
             hold_us=(operation.held_ns - operation.started_ns) // 1000,
             choose_us=(operation.sent_ns - operation.held_ns) // 1000,
             remap_us=max(0, operation.remapped_ns - operation.sent_ns) // 1000,
+            discard_us=operation.discarding_ns // 1000,
         )
 
     def _names(self, masks: Mapping[int, int]) -> dict[str, int]:

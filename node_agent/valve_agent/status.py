@@ -79,6 +79,7 @@ def snapshot(agent: Agent, stats: GateStats, *, huge_pages: bool, now_ns: int) -
             "requests_harmed": pool.totals.requests_harmed,
             "in_flight": pool.reclaiming,
         },
+        "rejects": agent.rejects,
         "killed": pool.totals.killed,
         "preempt_us": {
             "p50": _at(latency, 0.5), "p99": _at(latency, 0.99), "max": _at(latency, 1.0),

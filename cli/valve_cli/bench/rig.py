@@ -179,8 +179,8 @@ class LiveTenant:
         return int(wait_for(f"{self.name} to start", child))
 
     def ask(self, do: str, timeout_s: float = ANSWER_S, **fields: Any) -> dict[str, Any]:
-        """One command, its answer. Raises RigError if there is none in time (a paused tenant cannot answer) or
-        the tenant refuses."""
+        """One command, its answer. Raises RigError if there is none in time (a paused tenant cannot answer)
+        or the tenant refuses."""
         self.tell(do, **fields)
         return self.answer(do, timeout_s)
 

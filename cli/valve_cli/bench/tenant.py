@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import ctypes
 import json
+import mmap
+import os
 import sys
 import threading
 import time
@@ -74,6 +76,20 @@ class Tenant:
         for slab in slabs:
             ctypes.memset(self._address(slab), byte, self._slab_bytes)
         return {}
+
+    def do_overuse(self) -> dict[str, Any]:
+        """Misbehave: open the arena's file behind libvalve's back and fill all of it. Needs root."""
+        assert self.arena is not None
+        first = self._address(min(self.held))
+        for entry in os.listdir("/proc/self/map_files"):
+            if int(entry.partition("-")[0], 16) != first:
+                continue
+            fd = os.open(f"/proc/self/map_files/{entry}", os.O_RDWR)
+            with mmap.mmap(fd, self.arena.nbytes) as memory:
+                for at in range(0, self.arena.nbytes, mmap.PAGESIZE):
+                    memory[at] = 1
+            return {"filled": self.arena.nbytes}
+        return {"filled": 0}
 
     def do_check(self, slabs: list[int]) -> dict[str, Any]:
         """For each slab the byte that fills it, or None if it holds different bytes."""

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A real agent and real tenants for each test; everything that a test starts ends with it."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from valve_cli.bench.rig import LiveAgent, LiveTenant
+
+ROOT = Path(__file__).resolve().parents[3]
+SLAB_BYTES = 2 << 20
+SLABS = 64
+LEASE_MS = 400
+POLICY = f"""\
+apiVersion: valve.io/v1alpha1
+kind: ColocationPolicy
+metadata: {{name: test}}
+spec:
+  cpuDevice: {{memory: {SLABS * 2}Mi}}
+  compute: {{lease: {LEASE_MS}ms, recoveryGrace: 500ms, cooldown: {{min: 20ms, max: 200ms}}}}
+  memory:
+    slabSize: 2Mi
+    onlineFloor: 0%
+    reservation: {{min: 2Mi, max: 16Mi, quietPeriod: 60s}}
+  offline: {{defaultMemory: 100%}}
+"""
+
+
+@pytest.fixture(scope="session")
+def runtime() -> Path:
+    """The runtime bundle, built if need be; fails with the builder's sentence without a compiler."""
+    out = ROOT / "build" / "runtime"
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "runtime" / "build.py"), "--out", str(out)],
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        pytest.fail(f"libvalve cannot be built: {done.stderr or done.stdout}")
+    return out
+
+
+@pytest.fixture
+def agent(tmp_path: Path) -> Iterator[LiveAgent]:
+    with LiveAgent(tmp_path, POLICY) as live:
+        yield live
+
+
+@pytest.fixture
+def start(agent: LiveAgent, runtime: Path) -> Iterator[Callable[..., LiveTenant]]:
+    """start("offline", "name", slabs=10): a tenant, attached, with an arena if `slabs` is given."""
+    with contextlib.ExitStack() as stack:
+
+        def begin(workload: str, name: str, slabs: int = 0, **options: Any) -> LiveTenant:
+            tenant = stack.enter_context(LiveTenant(agent.socket, runtime, workload, name=name, **options))
+            assert tenant.ask("attach", timeout_ms=15_000)["attached"], tenant.ask("state")
+            if slabs:
+                tenant.ask("arena", slabs=slabs, slab_bytes=SLAB_BYTES)
+            return tenant
+
+        yield begin
