@@ -352,6 +352,13 @@ static uint64_t tend_link(void)
     return RETRY_NS;
 }
 
+static void open_signals(void)
+{
+    loop.signals = helper_signals();
+    if (!loop.in_helper)
+        loop.signals = link_move_high(loop.signals);
+}
+
 /* One round: serve, sleep until something happens or is due. */
 static void turn(void)
 {
@@ -366,11 +373,15 @@ static void turn(void)
     uint64_t tick_ns = loop.lease_ns ? loop.lease_ns / 4 : RETRY_NS;
     if (loop.in_helper && sleep_ns > tick_ns)
         sleep_ns = tick_ns;
-    struct pollfd fds[3] = {{loop.sock, POLLIN, 0}, {loop.signals, POLLIN, 0}, {loop.process, POLLIN, 0}};
-    if (sys_poll(fds, 3, sleep_ns) > 0 && fds[1].revents)
-        helper_drain_signals(loop.signals);
-    if (loop.in_helper && (fds[2].revents || !helper_is_needed()))
+    if (loop.in_helper && !helper_is_needed(loop.process))
         SYS1(SYS_exit_group, 0);
+    struct pollfd fds[3] = {{loop.sock, POLLIN, 0}, {loop.signals, POLLIN, 0}, {loop.process, POLLIN, 0}};
+    if (sys_poll(fds, 3, sleep_ns) <= 0)
+        return;
+    if (fds[1].revents & POLLNVAL)
+        open_signals(); /* a process may close descriptors that it does not know */
+    else if (fds[1].revents)
+        helper_drain_signals(loop.signals);
     if (fds[0].revents)
         receive_all();
 }
@@ -381,9 +392,7 @@ void valve_control_run(int in_helper)
     loop.unlinked_ns = sys_now_ns();
     if (in_helper)
         loop.process = helper_enter();
-    loop.signals = helper_signals();
-    if (!in_helper)
-        loop.signals = link_move_high(loop.signals);
+    open_signals();
     atomic_store(&valve.control_tgid, sys_getpid());
     atomic_store(&valve.control_tid, sys_gettid());
     for (;;)

@@ -10,8 +10,8 @@ int helper_enter(void);
 int helper_signals(void);
 void helper_drain_signals(int fd);
 
-/* 0 once the process served is gone, or has become another program by exec. */
-int helper_is_needed(void);
+/* 0 once the process served (`pidfd`) is gone, or has become another program by exec. */
+int helper_is_needed(int pidfd);
 
 /* SIGSTOP, unless the process is no longer ours to stop. */
 void helper_stop_process(int pidfd);

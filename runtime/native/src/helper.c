@@ -33,20 +33,27 @@ static long compare_memory(void)
     return SYS5(SYS_kcmp, sys_getpid(), valve.main_pid, KCMP_VM, 0, 0);
 }
 
-/* A hash of /proc/PID/auxv of the process served; 0 if it cannot be read. */
-static uint64_t image(void)
+/* Bytes read from /proc/PID/`file` of the process served; 0 if it cannot be read. */
+static long read_about_process(const char *file, unsigned char *bytes, size_t size)
 {
     char number[24], path[48] = "/proc/";
-    unsigned char bytes[512];
     size_t n = 6;
     for (const char *c = valve_decimal((uint64_t)valve.main_pid, number); *c; c++)
         path[n++] = *c;
-    valve_copy_text(path + n, sizeof path - n, "/auxv");
+    valve_copy_text(path + n, sizeof path - n, file);
     int fd = (int)SYS4(SYS_openat, AT_FDCWD, path, O_RDONLY | O_CLOEXEC, 0);
     if (fd < 0)
         return 0;
-    long got = SYS3(SYS_read, fd, bytes, sizeof bytes);
+    long got = SYS3(SYS_read, fd, bytes, size);
     sys_close(fd);
+    return got > 0 ? got : 0;
+}
+
+/* A hash of /proc/PID/auxv of the process served; 0 if it cannot be read. */
+static uint64_t image(void)
+{
+    unsigned char bytes[512];
+    long got = read_about_process("/auxv", bytes, sizeof bytes);
     uint64_t hash = 14695981039346656037u; /* FNV-1a */
     for (long i = 0; i < got; i++)
         hash = (hash ^ bytes[i]) * 1099511628211u;
@@ -78,20 +85,31 @@ void helper_drain_signals(int fd)
         ;
 }
 
-int helper_is_needed(void)
+/* A process whose first thread has ended lives on as long as any other does; its memory
+ * cannot be asked for by its id any more. */
+static int leader_is_gone(void)
 {
-    if (sys_getppid() != valve.main_pid)
+    char bytes[512];
+    size_t n = (size_t)read_about_process("/stat", (unsigned char *)bytes, sizeof bytes);
+    while (n > 0 && bytes[n - 1] != ')')
+        n--;
+    return n > 0 && n + 1 < sizeof bytes && bytes[n + 1] == 'Z';
+}
+
+int helper_is_needed(int pidfd)
+{
+    struct pollfd end = {pidfd, POLLIN, 0};
+    if (sys_getppid() != valve.main_pid || sys_poll(&end, 1, 0) > 0)
         return 0;
-    /* A different address space: the process has run exec, and this helper serves memory
-     * that nobody uses.  (An error after a success: it has become a process we may not see.) */
-    if (kcmp_works)
-        return compare_memory() == 0;
-    return image_at_start == 0 || image() == image_at_start;
+    /* Another address space: the process has run exec, and this helper serves memory that
+     * nobody uses.  (An error after a success: it has become a process we may not see.) */
+    int same = kcmp_works ? compare_memory() == 0 : image_at_start == 0 || image() == image_at_start;
+    return same || leader_is_gone();
 }
 
 void helper_stop_process(int pidfd)
 {
-    if (!helper_is_needed())
+    if (!helper_is_needed(pidfd))
         SYS1(SYS_exit_group, 0);
     if (pidfd < 0 || SYS4(SYS_pidfd_send_signal, pidfd, SIGSTOP, NULL, 0) < 0)
         SYS2(SYS_kill, valve.main_pid, SIGSTOP);

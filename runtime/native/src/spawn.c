@@ -19,6 +19,7 @@ static void *thread_main(void *nothing)
     (void)nothing;
     pthread_setname_np(pthread_self(), "valve-control");
     valve_control_run(0);
+    return NULL;
 }
 
 int valve_spawn_thread(void)
@@ -50,6 +51,7 @@ static int helper_main(void *nothing)
 {
     (void)nothing;
     valve_control_run(1);
+    return 0;
 }
 
 int valve_spawn_helper(void)

@@ -118,7 +118,7 @@ void valve_arena_forget(void); /* in a forked child */
 
 /* control.c */
 void valve_control_reset(void); /* in a forked child: forget the parent's connection */
-void valve_control_run(int in_helper) __attribute__((noreturn));
+void valve_control_run(int in_helper); /* never returns */
 
 /* spawn.c: start the control loop; -errno, or 0 (thread), or the helper's pid */
 int valve_spawn_thread(void);

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fixtures of the native lane: the library, the victims compiled once, an agent per test."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+from fake_agent import FakeAgent
+from victims import Victim, build, compile_victim, sanitizer_environment, unrandomized
+
+Start = Callable[..., Victim]
+
+
+@pytest.fixture(scope="session")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that runtime/build.py makes, of its own so that no other lane is disturbed."""
+    try:
+        build.compiler()
+    except build.BuildError as error:
+        pytest.skip(str(error))
+    out = tmp_path_factory.mktemp("runtime")
+    build.build(out)
+    return out
+
+
+@pytest.fixture(scope="session")
+def library(bundle: Path) -> Path:
+    return bundle / "lib" / f"libvalve-{build.version()}.so"
+
+
+@pytest.fixture(scope="session")
+def victim_of(library: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Compile a variant of victim.c at its first use."""
+    folder = tmp_path_factory.mktemp("victims")
+
+    @cache
+    def compiled(variant: str) -> Path:
+        return compile_victim(folder, variant, library)
+
+    return compiled
+
+
+@pytest.fixture
+def agent(tmp_path: Path) -> Iterator[FakeAgent]:
+    fake = FakeAgent(tmp_path / "agent.sock")
+    yield fake
+    fake.close()
+    os.close(fake.doorbell)
+
+
+@pytest.fixture(params=["plain", "address"])
+def variant(request: pytest.FixtureRequest) -> str:
+    """Tests that use it run against the library that ships and against the sanitized one."""
+    return str(request.param)
+
+
+@pytest.fixture
+def start(
+    library: Path, victim_of: Callable[[str], Path], agent: FakeAgent, tmp_path: Path
+) -> Iterator[Start]:
+    """start(role, variant="plain", arguments=[], **environment) -> Victim; ended and checked after the test."""
+    started: list[Victim] = []
+
+    def launch(
+        role: str, variant: str = "plain", arguments: tuple[str, ...] = (), **more: str
+    ) -> Victim:
+        environment = {
+            **os.environ, **sanitizer_environment(), "VALVE_SOCKET": str(agent.path), "VALVE_WORKLOAD": role, **more,
+        }  # fmt: skip
+        command = [str(victim_of(variant)), *arguments]
+        if variant == "plain":
+            environment["LD_PRELOAD"] = str(library)
+        else:
+            command = unrandomized(command)
+        victim = Victim(command, environment, tmp_path / f"stderr-{len(started)}")
+        started.append(victim)
+        return victim
+
+    yield launch
+    for victim in started:
+        victim.kill()
+    for victim in started:
+        text = victim.stderr()
+        for word in ("AddressSanitizer", "runtime error:", "ThreadSanitizer"):
+            assert word not in text, text
