@@ -32,8 +32,8 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from valve_agent.devices.base import DeviceMissing, PauseTimeout, TargetRefused
-from valve_agent.devices.cpu.compute import CpuCompute, ProcessTarget
-from valve_agent.devices.cpu.kernel import lock_memory, set_timer_slack
+from valve_agent.devices.cpu.compute import SHORT_SLICE_NS, CpuCompute, ProcessTarget
+from valve_agent.devices.cpu.kernel import lock_memory, set_slice, set_timer_slack
 from valve_agent.gate_stats import StatsWriter
 from valve_agent.policy.gate import Action, GatePolicy
 from valve_agent.shared import Gate as GateState
@@ -535,6 +535,7 @@ def main(arguments: list[str]) -> None:
     if device != "cpu":
         raise DeviceMissing(f"there is no device {device!r}; this version of the agent knows `cpu`")
     set_timer_slack(1)
+    set_slice(0, SHORT_SLICE_NS)  # a woken gate runs at once, not after the turn of what computes here
     events = socket.socket(fileno=events_fd)
     events.setblocking(False)
     gate = Gate(

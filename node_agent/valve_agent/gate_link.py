@@ -86,6 +86,7 @@ class GateHandle:
         self._tokens = itertools.count(1)
         self._held: list[int] = []
         self._scanned: set[int] = set()
+        self._registered: dict[int, int] = {}  # connection -> pid of an offline process
 
     @classmethod
     def start(cls, device: str, settings: GateSettings | None = None) -> GateHandle:
@@ -132,9 +133,12 @@ class GateHandle:
         `barrier`: it registered for membarrier (HelloFlag.BARRIER). Descriptors stay the caller's.
         Raises GateError if it cannot be controlled: such a process must be refused."""
         self._call("target", (conn, pid, barrier), pidfd, page_fd)
+        self._registered[conn] = pid
+        self._scanned.discard(pid)  # the gate has moved it
 
     def remove(self, conn: int) -> None:
         """The connection is gone. An offline process that lives is paused until add_target brings it back."""
+        self._registered.pop(conn, None)
         self._call("remove", (conn,))
 
     def set_scanned(self, pids: Mapping[int, int]) -> None:
@@ -146,7 +150,7 @@ class GateHandle:
             self._call("scan_remove", (pid,))
         self._scanned &= pids.keys()
         refused = []
-        for pid in sorted(pids.keys() - self._scanned):
+        for pid in sorted(pids.keys() - self._scanned - set(self._registered.values())):
             try:
                 self._call("scan_add", (pid,), pids[pid])
             except GateDied:

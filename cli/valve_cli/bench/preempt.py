@@ -23,7 +23,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from valve_cli.bench.preempt_rig import Counters, Floor, Ours, Pacing, RigError, compile_c, victim_command
+from valve_cli.bench.preempt_rig import Counters, Floor, Ours, Pacing, compile_c, victim_command
+from valve_cli.bench.rig import RigError
+from valve_cli.run import RunError, default_runtime, find_library
 
 SPINNERS = 2
 SLEEPERS = 44
@@ -129,7 +131,9 @@ def main(args: list[str]) -> int:
         "--spinning", type=_positive, default=SPINNERS, help="computing threads of the victim"
     )
     parser.add_argument("--sleeping", type=int, default=SLEEPERS, help="idle threads of the victim")
-    parser.add_argument("--libvalve", type=Path, default=None, help="libvalve.so (default: as built)")
+    parser.add_argument(
+        "--runtime", type=Path, default=default_runtime(), help="a bundle made by `make runtime`"
+    )
     options = parser.parse_args(args)
     try:
         report = run(
@@ -137,9 +141,9 @@ def main(args: list[str]) -> int:
             options.block,
             options.spinning,
             options.sleeping,
-            options.libvalve or _find_libvalve(),
+            find_library(options.runtime),
         )
-    except RigError as error:
+    except (RigError, RunError) as error:
         print(f"valve bench preempt: {error}", file=sys.stderr)
         return 1
     if options.json:
@@ -155,14 +159,6 @@ def _include_folder() -> Path:
     if not (folder / "valve_protocol.h").exists():
         raise RigError("the bench needs a source checkout of Valve (runtime/native/include is missing)")
     return folder
-
-
-def _find_libvalve() -> Path:
-    root = Path(__file__).resolve().parents[3]
-    found = sorted((root / "build" / "runtime").rglob("libvalve*.so*"))
-    if not found:
-        raise RigError("libvalve is not built: run `make runtime`, or give --libvalve PATH")
-    return found[-1]
 
 
 def _positive(text: str) -> int:

@@ -8,7 +8,7 @@ possible. Victim, pauses between cycles and the look at the victim's counters ar
 Threading model: one thread. Every process started here is ended by `close`. Caller: preempt.py, and the
 gate's tests, which use the victim.
 
-    RigError      something the bench needs is missing or broke; the message says what to do
+    rig.RigError      something the bench needs is missing or broke; the message says what to do
 """
 
 from __future__ import annotations
@@ -27,14 +27,11 @@ from typing import IO
 from valve_agent import wire
 from valve_agent.gate_link import GateHandle, GateSettings
 from valve_agent.shared import Page
+from valve_cli.bench.rig import RigError
 
 HERE = Path(__file__).resolve().parent
 _CONNECT_TIMEOUT_S = 10.0
 _HOLD_TIMEOUT_S = 10.0
-
-
-class RigError(Exception):
-    pass
 
 
 def compile_c(name: str, folder: Path, include: Path | None = None) -> Path:

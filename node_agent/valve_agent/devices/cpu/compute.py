@@ -10,7 +10,9 @@ interrupts it: one `membarrier(GLOBAL_EXPEDITED)` interrupts every CPU that runs
 process and returns after they were, so none can execute a user instruction any more. Seeing every single
 thread stopped would need each of them to be scheduled in first, which takes longer the more there are.
 
-* The fast path looks only at the thread-group leader: the kernel prefers it for the signal.
+* The fast path looks only at the thread-group leader: the kernel prefers it for the signal. A leader that
+  sleeps must be given a CPU to take it, against its own computing siblings, so until it resumes it has the
+  shortest scheduling slice: then it gets its turn at once and not after theirs.
 * A process that is not registered for the barrier is confirmed thread by thread.
 * A leader that is a zombie or sits in an uninterruptible wait (vfork) while siblings compute, or that has
   not stopped within `ESCALATE_NS`, is not waited for: every thread gets a SIGSTOP of its own, because the one
@@ -28,10 +30,11 @@ import time
 from collections.abc import Sequence
 
 from valve_agent.devices.base import PauseTimeout, TargetRefused
-from valve_agent.devices.cpu.kernel import membarrier_global_expedited, tgkill
+from valve_agent.devices.cpu.kernel import membarrier_global_expedited, set_slice, tgkill
 
 POLL_S = 20e-6
 """Between two looks at the leaders. Looking without a pause would keep the CPU from them."""
+SHORT_SLICE_NS = 100_000
 SLOW_POLL_S = 200e-6
 ESCALATE_NS = 1_000_000
 PAUSE_TIMEOUT_NS = 20_000_000
@@ -99,6 +102,7 @@ class CpuCompute:
     def pause(self, targets: Sequence[ProcessTarget]) -> None:
         started = _clock()
         for target in targets:
+            set_slice(target.pid, SHORT_SLICE_NS)
             try:
                 _send(target.pidfd, _stop)
             except ProcessLookupError:
@@ -129,6 +133,7 @@ class CpuCompute:
 
     def resume(self, targets: Sequence[ProcessTarget]) -> None:
         for target in targets:
+            set_slice(target.pid, 0)
             try:
                 _send(target.pidfd, _cont)
             except ProcessLookupError:
