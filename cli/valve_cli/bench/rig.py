@@ -87,14 +87,15 @@ class LiveAgent:
             return 0
         if self._process.poll() is None:
             self._process.terminate()
-        return self._end()
+        return self.wait()
 
     def kill(self) -> None:
         assert self._process is not None
         self._process.kill()
-        self._end()
+        self.wait()
 
-    def _end(self) -> int:
+    def wait(self) -> int:
+        """Its exit status, once it has ended by itself."""
         assert self._process is not None
         try:
             status = self._process.wait(ANSWER_S)
