@@ -57,7 +57,7 @@ class GatePolicy:
     now_ns: the start, on any monotonic clock; every later ``now`` is on the same one.  A
         ``now`` that is older than one already seen is taken as that one.
     offline_paused: False if offline may be running at the start; then the first call, whatever
-        it is, answers PAUSE.
+        it is, answers PAUSE (with a grace of 0 only if rules 1 to 3 forbid running).
 
     Raises ValueError for a negative duration or factor, or min > max.
     """

@@ -279,9 +279,11 @@ class Interleavings(RuleBasedStateMachine):
         self.gaps: list[int] = []  # the window is far longer than a test's times
         self.cool_until = 0
         self.pauses = 0
+        self.unasked = not paused and grace > 0  # the first call has yet to pause
 
     def answer(self, action: Action) -> None:
         """Follow the answer and check it against the truth."""
+        self.unasked = False
         if action is PAUSE:
             assert self.runs, "PAUSE while paused"
             self.runs = False
@@ -371,6 +373,8 @@ class Interleavings(RuleBasedStateMachine):
     def waiting_for_the_deadline_misses_nothing(self) -> None:
         """Just before the deadline a tick does nothing; without a deadline it never does."""
         deadline = self.gate.deadline_ns()
+        waits_for_time = not self.runs and not self.held and not any(self.requests.values())
+        assert (deadline is not None) == (waits_for_time or self.unasked)
         if deadline is None:
             self.now += 10_000
         elif deadline > self.now:

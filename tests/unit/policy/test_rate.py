@@ -64,14 +64,18 @@ def test_a_window_too_small_for_its_buckets_is_refused() -> None:
 @given(
     per_minute=st.integers(0, 50),
     burst=st.integers(1, 5),
-    waits=st.lists(st.integers(0, MINUTE_NS // 5), max_size=60),
+    waits=st.lists(st.none() | st.integers(0, MINUTE_NS // 5), max_size=60),
 )
-def test_no_span_allows_more_than_the_limit(per_minute: int, burst: int, waits: list[int]) -> None:
+def test_no_span_allows_more_than_the_limit(per_minute: int, burst: int, waits: list[int | None]) -> None:
     limit = RateLimit(per_minute, burst, now_ns=0)
     now, allowed = 0, []
     for wait in waits:
-        now += wait
         deadline = limit.deadline_ns()
+        if wait is not None:
+            now += wait
+        elif deadline is not None and deadline > now:
+            assert not limit.allow(deadline - 1)
+            now = deadline
         said = limit.allow(now)
         assert said == (deadline is not None and now >= deadline), "the deadline is exact"
         if said:

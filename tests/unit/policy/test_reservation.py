@@ -305,6 +305,19 @@ def test_the_long_run_bound_is_attained_and_the_usual_formula_is_none() -> None:
     assert 0.95 * bound < rate < 1.05 * bound
 
 
+def test_a_demand_without_pause_costs_a_reclaim_for_every_max() -> None:
+    subject = reservation()
+    device = Device(subject, total=1000, free=0)
+    for step in range(20_000):
+        device.grow(device.free + 1)
+        if step % 10 == 9:
+            device.release(device.used)
+            device.wait(1)
+    rate = len(device.reclaims) / (device.now / 1e9)
+    growth = device.demand / (device.now / 1e9)
+    assert growth / (subject.max_slabs + 1) <= rate <= subject.long_run_bound_per_second(growth) * 1.001
+
+
 def test_the_long_run_bound_is_finite_for_any_growth_rate() -> None:
     subject = reservation()
     assert subject.long_run_bound_per_second(0.0) == 0

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from valve_agent.policy.baselines import fifo, lru, shuffled
-from valve_agent.policy.victims import Choice, SlabView, account, choose
+from valve_agent.policy.victims import Choice, SlabView, _Pool, account, choose
 
 
 def mask(*slots: int) -> int:
@@ -84,6 +84,48 @@ def test_choice(
     slabs: list[SlabView], need: int, tokens: dict[int, list[int]], expected: list[tuple[int, int]]
 ) -> None:
     assert sorted((chosen.tenant, chosen.slab) for chosen in choose(slabs, need, tokens).slabs) == expected
+
+
+# Slabs as (tenant, owners). Each case is the smallest found that is worse without one part of the choice.
+PARTS: dict[str, tuple[list[tuple[int, list[int]]], int, dict[int, list[int]], tuple[int, int]]] = {
+    "forward": ([(0, [0, 1]), (0, [0, 1]), (1, [1])], 1, {0: [1, 2], 1: [5, 2]}, (1, 2)),
+    "forward per slab": (
+        [(0, [0, 1, 4]), (0, [1, 2, 3]), (0, [0, 2, 3]), (0, [0, 1, 4])],
+        2,
+        {0: [1, 2, 1, 1, 5]},
+        (3, 8),
+    ),
+    "backward from everyone": ([(0, [1, 4]), (0, [0, 3]), (0, [2, 4])], 2, {0: [5, 5, 2, 2, 5]}, (3, 12)),
+    "whole tenants": ([(1, [1, 2]), (0, [0, 1, 2]), (0, [0, 2])], 2, {0: [1, 2, 5], 1: [2, 1, 2]}, (3, 8)),
+    "sparing after forward": (
+        [(0, [0, 1]), (0, [0]), (0, [2]), (0, [2]), (0, [1, 2, 3]), (0, [1, 2, 3])],
+        3,
+        {0: [5, 1, 5, 1]},
+        (2, 10),
+    ),
+    "sparing down to what is needed": (
+        [(1, [0, 1]), (0, [0]), (1, [0, 1])],
+        2,
+        {0: [1, 1], 1: [1, 2]},
+        (2, 3),
+    ),
+    "sparing the dearer of two": ([(1, [0, 1]), (1, [1]), (0, [0])], 2, {0: [2, 1], 1: [1, 2]}, (2, 3)),
+    "sparing the dearer of two, later": (
+        [(0, [0]), (1, [0, 1]), (1, [0]), (0, [0, 1])],
+        2,
+        {0: [2, 2], 1: [2, 1]},
+        (2, 3),
+    ),
+}
+
+
+@pytest.mark.parametrize(("slabs", "need", "tokens", "expected"), PARTS.values(), ids=PARTS.keys())
+def test_every_part_of_the_choice_is_needed(
+    slabs: list[tuple[int, list[int]]], need: int, tokens: dict[int, list[int]], expected: tuple[int, int]
+) -> None:
+    views = [view(number, *slots, tenant=tenant) for number, (tenant, slots) in enumerate(slabs)]
+    choice = choose(views, need, tokens)
+    assert (len(choice.harmed), choice.tokens) == expected
 
 
 def test_a_choice_says_what_it_costs() -> None:
@@ -181,6 +223,18 @@ def test_never_more_requests_than_the_plain_greedy(
 ) -> None:
     slabs, tokens = pool
     assert len(choose(slabs, need, tokens).harmed) <= len(plain_greedy(slabs, need, tokens).harmed)
+
+
+@settings(max_examples=400, deadline=None)
+@given(pool=pools(slabs=24, slots=8), need=st.integers(1, 24))
+def test_forward_is_the_plain_greedy(pool: tuple[list[SlabView], dict[int, list[int]]], need: int) -> None:
+    slabs, tokens = pool
+    owned = [some for some in slabs if some.owners and not some.pinned]
+    if need > len(owned):
+        return
+    inner = _Pool(sorted(owned), tokens)
+    harmed = {inner.requests[number] for number in inner.harm(need, per_slab=False)}
+    assert harmed == plain_greedy(owned, need, tokens).harmed
 
 
 def plain_greedy(slabs: list[SlabView], need: int, tokens: dict[int, list[int]]) -> Choice:
