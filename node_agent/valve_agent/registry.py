@@ -96,6 +96,8 @@ class Registry:
         tenant gets its own copy of `launcher_pidfd`."""
         tenant = self.launchers.get(launcher_pid)
         new = tenant is None
+        if any(other.name == name and other is not tenant for other in self.tenants.values()):
+            name = f"{name}-{launcher_pid}"  # metrics and status tell tenants apart by name
         if tenant is None:
             pidfd = os.dup(launcher_pidfd)
             tenant = Tenant(self._next, name, role, limit_slabs, launcher_pid, pidfd, launcher)

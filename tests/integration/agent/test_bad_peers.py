@@ -103,7 +103,8 @@ def test_a_tenant_process_that_claims_another_role_hears_a_sentence(
     command = [
         sys.executable, "-m", "valve_cli.main", "run", "--workload", "offline", "--name", "liar", "--socket",
         str(agent.socket), "--runtime", str(runtime), "--", "env", "VALVE_WORKLOAD=online",
-        sys.executable, "-c", "from valve_runtime import _lib; v = _lib.load(); print(v.attach(3000), v.last_error())",
+        sys.executable, "-c",
+        "from valve_runtime import _lib; v = _lib.load(); print(v.attach(3000), v.last_error())",
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert "says it is online" in done.stdout + done.stderr
@@ -274,7 +275,7 @@ def test_a_hundred_thousand_bad_frames_disturb_nobody(
     assert status["rejects"] > CONNECTIONS * 0.9, "a few packets are good by chance"
     assert status["killed"] == 0
     assert status["gate"]["kills"] == 0
-    assert [event for event in agent.events("detach") if event["tenant"] != "raw"] == []
+    assert [event for event in agent.events("detach") if event["pid"] != os.getpid()] == []
     assert status["tenants"]["off"]["held_slabs"] == 20
     time.sleep(1.2)  # idle connections of the fuzzer are gone, nothing leaks
     assert len(os.listdir(f"/proc/{agent.pid}/fd")) < 80

@@ -19,7 +19,6 @@ from conftest import POLICY
 from valve_agent.sockets import default_path
 from valve_cli.bench.rig import LiveAgent, wait_for
 
-
 VALVE = [sys.executable, "-m", "valve_cli.main"]
 TOO_LARGE = (
     POLICY.replace("memory: 128Mi", "memory: 4Ti").replace("2Mi\n", "512Mi\n").replace("2Mi,", "512Mi,")
