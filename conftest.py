@@ -62,7 +62,9 @@ def pytest_runtest_makereport(
     report = yield
     if CI and report.skipped and not hasattr(report, "wasxfail"):
         report.outcome = "failed"
-        report.longrepr = f"CI=true allows no skipped test; the reason was: {call.excinfo and call.excinfo.value}"
+        report.longrepr = (
+            f"CI=true allows no skipped test; the reason was: {call.excinfo and call.excinfo.value}"
+        )
     return report
 
 

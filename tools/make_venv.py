@@ -30,7 +30,15 @@ def cached_packages(cache: Path, constraints: Path) -> Path:
     print(f"installing {constraints} into {home}", flush=True)
     venv.create(home, with_pip=True, clear=True)
     subprocess.run(
-        [home / "bin" / "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps", "-r", constraints],
+        [
+            home / "bin" / "pip",
+            "install",
+            "--quiet",
+            "--disable-pip-version-check",
+            "--no-deps",
+            "-r",
+            constraints,
+        ],
         check=True,
     )
     (home / "ready").touch()

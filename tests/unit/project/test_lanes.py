@@ -30,7 +30,11 @@ def conftest_lanes() -> list[str]:
 
 @pytest.mark.parametrize(
     ("where", "found"),
-    [("pytest markers", markers()), ("Makefile targets", make_targets()), ("conftest.LANES", conftest_lanes())],
+    [
+        ("pytest markers", markers()),
+        ("Makefile targets", make_targets()),
+        ("conftest.LANES", conftest_lanes()),
+    ],
 )
 def test_every_list_of_lanes_is_the_same(where: str, found: list[str]) -> None:
     assert found == LANES, f"{where} lists {found}"
