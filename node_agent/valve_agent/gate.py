@@ -31,10 +31,11 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from valve_agent.devices.base import DeviceMissing, PauseTimeout, TargetRefused
-from valve_agent.devices.cpu.compute import SHORT_SLICE_NS, CpuCompute, ProcessTarget
+from valve_agent.devices.base import ComputeControl, DeviceMissing, PauseTimeout, TargetRefused
+from valve_agent.devices.cpu.compute import SHORT_SLICE_NS, CpuCompute
 from valve_agent.devices.cpu.kernel import lock_memory, set_slice, set_timer_slack
 from valve_agent.gate_stats import StatsWriter
+from valve_agent.gate_targets import Targets
 from valve_agent.policy.gate import Action, GatePolicy
 from valve_agent.shared import Gate as GateState
 from valve_agent.shared import Page, SharedMemoryError
@@ -90,7 +91,7 @@ class Gate:
 
     def __init__(
         self,
-        compute: CpuCompute,
+        compute: ComputeControl[Any],
         settings: GateSettings,
         control: socket.socket,
         holds: socket.socket,
@@ -114,11 +115,7 @@ class Gate:
             now,
         )
         self._engines: dict[int, _Engine] = {}
-        self._targets: list[ProcessTarget] = []  # all offline processes, registered and scanned
-        self._by_conn: dict[int, tuple[ProcessTarget, Page]] = {}
-        self._scanned: dict[int, ProcessTarget] = {}
-        self._lost: dict[int, ProcessTarget] = {}  # disconnected: paused until they reconnect or end
-        self._pages: list[Page] = []
+        self._pages: dict[int, Page] = {}  # of every connection, online and offline
         self._evicted = True  # every target is known to be off; never True while open
         self._unconfirmed_ns = 0  # since when the policy says paused and a target is not known to be off
         self._retry_ns = 0
@@ -132,7 +129,7 @@ class Gate:
         self._epoll = select.epoll()
         for fd in (doorbell_fd, control.fileno(), holds.fileno()):
             self._epoll.register(fd, select.EPOLLIN)
-        self._pidfds: dict[int, ProcessTarget] = {}
+        self._targets = Targets(compute, self._epoll)
 
     # -- the loop --------------------------------------------------------------------------
 
@@ -147,12 +144,14 @@ class Gate:
                     self._drain_doorbell()
                     self._look()
                 for fd in fds:
+                    if fd == self._doorbell_fd:
+                        continue
                     if fd == self._control.fileno():
                         self._on_control()
                     elif fd == self._hold_socket.fileno():
                         self._on_hold()
-                    elif fd in self._pidfds:
-                        self._drop_dead(self._pidfds[fd])
+                    else:
+                        self._drop_dead(fd)
                 self._periodic(now)
                 if self._outbox:
                     self._flush()
@@ -179,10 +178,10 @@ class Gate:
             self._beat(now)
             # A ring can get lost with a runtime that dies between its store and its write.
             self._look()
-            self._recheck(self._targets if self._policy.paused else list(self._lost.values()))
+            self._recheck(self._targets.all if self._policy.paused else self._targets.lost)
             if late and not self._policy.paused:
                 # We were not scheduled for longer than the lease, so runtimes may have stopped themselves.
-                self._let_run()
+                self._compute.resume(self._targets.runnable)
 
     def _beat(self, now: int) -> None:
         """Sign of life and gate state into every page."""
@@ -190,7 +189,7 @@ class Gate:
         state = GateState.PAUSED if self._evicted else GateState.OPEN
         if self._unconfirmed_ns:
             state = GateState.UNKNOWN
-        for page in self._pages:
+        for page in self._pages.values():
             page.gate = state
             page.heartbeat_ns = now
 
@@ -248,7 +247,7 @@ class Gate:
     def _pause(self, cause: _Cause) -> None:
         self._open_cause = cause
         try:
-            self._compute.pause(self._targets)
+            self._compute.pause(self._targets.all)
         except PauseTimeout as error:
             self._unconfirmed(error)
             return
@@ -276,21 +275,17 @@ class Gate:
             conn=cause.conn,
             latency_us=latency_ns / 1e3 if latency_ns else None,
             stop_us=stop_ns / 1e3,
-            targets=len(self._targets),
+            targets=len(self._targets.all),
         )
 
     def _resume(self) -> None:
         self._evicted = False
         self._unconfirmed_ns = 0
-        self._let_run()
+        self._compute.resume(self._targets.runnable)
         now = _clock()
         self._beat(now)
         self._stats.count("resumes")
-        self._emit("resume", now, targets=len(self._targets))
-
-    def _let_run(self) -> None:
-        lost = self._lost.values()
-        self._compute.resume([target for target in self._targets if target not in lost])
+        self._emit("resume", now, targets=len(self._targets.all))
 
     # -- what did not go well --------------------------------------------------------------
 
@@ -307,7 +302,7 @@ class Gate:
         if now - self._unconfirmed_ns > self._settings.kill_after_ns:
             self._kill_unpausable(now)
         try:
-            self._compute.pause(self._targets)
+            self._compute.pause(self._targets.all)
         except PauseTimeout as error:
             self._unconfirmed(error)
             return
@@ -315,7 +310,7 @@ class Gate:
         self._confirmed(_clock())
 
     def _kill_unpausable(self, now: int) -> None:
-        for target in self._compute.running(self._targets):
+        for target in self._compute.running(self._targets.all):
             why = (
                 f"process {target.pid} could not be paused for "
                 f"{(now - self._unconfirmed_ns) / 1e6:.0f} ms, so it was killed: an offline process that "
@@ -325,7 +320,7 @@ class Gate:
             self._stats.count("kills")
             self._emit("kill", now, pid=target.pid, why=why)
 
-    def _recheck(self, targets: list[ProcessTarget]) -> None:
+    def _recheck(self, targets: Sequence[Any]) -> None:
         """Stop again what somebody else continued."""
         if self._unconfirmed_ns:
             return  # the next retry pauses all of them
@@ -336,7 +331,7 @@ class Gate:
         self._pause_some(running, "violation")
         self._emit("violation", _clock(), pids=[target.pid for target in running])
 
-    def _pause_some(self, targets: Sequence[ProcessTarget], reason: str) -> None:
+    def _pause_some(self, targets: Sequence[Any], reason: str) -> None:
         """Pause targets that should be paused already. If the gate is open (they are lost ones) and it does
         not work, the next heartbeat tries again."""
         try:
@@ -351,43 +346,22 @@ class Gate:
 
     def _fail_closed(self) -> None:
         try:
-            self._compute.pause(self._targets)
+            self._compute.pause(self._targets.all)
         except PauseTimeout as error:
             print(f"valve gate: exiting with offline processes not paused: {error}", file=sys.stderr)
 
-    # -- targets ---------------------------------------------------------------------------
-
-    def _admit(self, target: ProcessTarget) -> None:
+    def _admit(self, target: Any) -> None:
         """From now on it does as the gate says; before the answer goes out it is paused if the gate is."""
-        self._targets.append(target)
-        self._pidfds[target.pidfd] = target
-        self._epoll.register(target.pidfd, select.EPOLLIN)
-        if not self._policy.paused:
-            # It may have stopped itself when its lease ended.
-            self._compute.resume([target])
-        else:
+        if self._policy.paused:
             self._pause_some([target], "attach")
+        else:
+            self._compute.resume([target])  # it may have stopped itself when its lease ended
 
-    def _forget(self, target: ProcessTarget) -> None:
-        self._targets.remove(target)
-        del self._pidfds[target.pidfd]
-        self._epoll.unregister(target.pidfd)
-        self._compute.close(target)
-
-    def _drop_dead(self, target: ProcessTarget) -> None:
-        self._emit("target_gone", self._wake_ns, pid=target.pid)
-        for conn, (known, page) in list(self._by_conn.items()):
-            if known is target:
-                del self._by_conn[conn]
-                self._drop_page(page)
-        for known_by_pid in (self._scanned, self._lost):
-            if known_by_pid.get(target.pid) is target:
-                del known_by_pid[target.pid]
-        self._forget(target)
-
-    def _drop_page(self, page: Page) -> None:
-        self._pages.remove(page)
-        page.close()
+    def _drop_dead(self, pidfd: int) -> None:
+        target = self._targets.of_pidfd(pidfd)
+        if target is not None:  # else it was dropped earlier in this turn
+            self._emit("target_gone", self._wake_ns, pid=target.pid)
+            self._targets.forget(target)
 
     # -- main's commands -------------------------------------------------------------------
 
@@ -404,12 +378,12 @@ class Gate:
             answer = str(error)
         self._control.send(marshal.dumps(answer))
 
-    def _map_page(self, fd: int) -> Page:
+    def _map_page(self, conn: int, fd: int) -> Page:
         try:
             page = Page(fd)
         finally:
             os.close(fd)
-        self._pages.append(page)
+        self._pages[conn] = page
         page.gate = GateState.PAUSED if self._evicted else GateState.OPEN
         page.heartbeat_ns = _clock()
         return page
@@ -418,7 +392,7 @@ class Gate:
         """Nothing to do: the answer says that the loop runs."""
 
     def _do_engine(self, conn: int, pid: int, page_fd: int) -> None:
-        page = self._map_page(page_fd)
+        page = self._map_page(conn, page_fd)
         engine = self._engines[conn] = _Engine(conn, pid, page)
         engine.seq = page.busy_seq
         engine.busy = page.busy
@@ -429,60 +403,36 @@ class Gate:
             self._emit("busy", since or self._wake_ns, conn=conn, pid=pid)
 
     def _do_target(self, conn: int, pid: int, barrier: bool, pidfd: int, page_fd: int) -> None:
-        page = self._map_page(page_fd)
+        self._map_page(conn, page_fd)
         try:
-            target = self._compute.open(pid, pidfd, barrier)
+            target = self._targets.register(conn, pid, pidfd, barrier)
         except TargetRefused:
-            os.close(pidfd)
-            self._drop_page(page)
+            self._pages.pop(conn).close()
             raise
-        for unconnected in (self._scanned.pop(pid, None), self._lost.pop(pid, None)):
-            if unconnected is not None:
-                self._forget(unconnected)
-        self._by_conn[conn] = (target, page)
         self._admit(target)
 
     def _do_remove(self, conn: int) -> None:
         engine = self._engines.pop(conn, None)
         if engine is not None:
             self._act(self._policy.engine_gone(conn, self._wake_ns), _NO_CAUSE)
-            self._drop_page(engine.page)
-        known = self._by_conn.pop(conn, None)
-        if known is not None:
-            target, page = known
-            self._drop_page(page)
-            again = any(other.pid == target.pid for other, _ in self._by_conn.values())
-            if again or self._compute.is_gone(target):
-                self._forget(target)
-            else:
-                # Nobody can tell it to stop or to give up memory: it must not run until it is back.
-                self._lost[target.pid] = target
-                self._pause_some([target], "lost")
+        page = self._pages.pop(conn, None)
+        if page is not None:
+            page.close()
+        lost = self._targets.disconnect(conn)
+        if lost is not None:
+            # Nobody can tell it to stop or to give up memory: it must not run until it is back.
+            self._pause_some([lost], "lost")
 
     def _do_scan_add(self, pid: int, pidfd: int) -> None:
-        lost = self._lost.pop(pid, None)
-        if lost is not None:
-            # Main found that it holds no memory (it became another program): stopping it is all it takes.
-            os.close(pidfd)
-            self._scanned[pid] = lost
-            if not self._policy.paused:
-                self._compute.resume([lost])
-            return
-        if pid in self._scanned or any(target.pid == pid for target in self._targets):
-            os.close(pidfd)
-            return
-        try:
-            target = self._compute.open(pid, pidfd, False)
-        except TargetRefused:
-            os.close(pidfd)
-            raise
-        self._scanned[pid] = target
-        self._admit(target)
+        target = self._targets.scan(pid, pidfd)
+        if target is not None:
+            self._admit(target)
 
     def _do_scan_remove(self, pid: int) -> None:
-        target = self._scanned.pop(pid, None)
+        target = self._targets.unscan(pid)
         if target is not None:
-            self._forget(target)
+            self._compute.resume([target])
+            self._targets.forget(target)
 
     def _on_hold(self) -> None:
         data = self._hold_socket.recv(MESSAGE_BYTES)

@@ -83,15 +83,10 @@ class Target(Protocol):
 
 
 class Inventory(Protocol):
-    """Which devices there are and which processes use them."""
+    """Which devices there are."""
 
     def devices(self) -> Sequence[DeviceInfo]:
         """Raises DeviceMissing."""
-        ...
-
-    def processes(self, roots: Iterable[int]) -> Mapping[int, int]:
-        """Every live process in the subtrees of `roots`, the roots left out: pid -> parent pid.
-        Slow (it reads all of /proc): never on a hot path."""
         ...
 
 
