@@ -1,0 +1,348 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM's KV cache on memory that Valve grants and takes.
+
+Two objects, both in the process that schedules (EngineCore with its worker in-process):
+
+* ``Backing``: the arena, opened when the worker asks how much memory there is, and slipped
+  under ``allocate_kv_cache`` as the one backing tensor of all layers.
+* ``KvTenant``: one per Scheduler. Drains the arena's events before anything is scheduled and
+  before a step's outputs are believed; takes lost blocks out of the block pool, preempts their
+  owners, puts granted blocks back; says how much memory the engine could use.
+
+Threading: everything runs on EngineCore's main thread, except ``KvTenant.arriving`` (input
+thread). Invariants: a block is in ``withdrawn`` exactly while it is out of the free queue with
+a reference count of 1 that no request holds; a lost block that is still referenced after its
+owners were preempted waits in ``limbo`` and is withdrawn when its last reference goes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import time
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+from valve_runtime import geometry as geo
+from valve_runtime.elastic import (
+    ArenaRefused,
+    DecodeGap,
+    Demand,
+    DemandSettings,
+    ElasticPool,
+    EngineUnsupported,
+    Ledger,
+    Link,
+)
+
+if TYPE_CHECKING:
+    from valve_runtime._lib import Arena
+
+logger = logging.getLogger("valve.vllm")
+
+NULL_BLOCK = 0
+COUNT_REQUESTS, COUNT_TOKENS, COUNT_RECOMPUTED, COUNT_LOST_BLOCKS, COUNT_RECOMPUTED_TOKENS = range(5)
+
+
+class Backing:
+    """The arena under the KV cache of this process's engine; one per process."""
+
+    def __init__(self, link: Link, arena: Arena, settings: DemandSettings) -> None:
+        self.link = link
+        self.arena = arena
+        self.settings = settings
+        self.pool: ElasticPool | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return int(self.arena.slabs) * int(self.arena.slab_bytes)
+
+    def allocate(
+        self, original: Callable[..., dict[str, Any]], config: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        """``allocate_kv_cache`` with its buffer on the arena; waits for the null block's slabs."""
+        import torch
+        from torch.overrides import TorchFunctionMode
+
+        size = config.kv_cache_tensors[0].size
+        if size > self.nbytes:
+            raise EngineUnsupported(
+                f"the KV cache of {size} bytes does not fit the arena of {self.nbytes} bytes; "
+                "give the tenant more device memory or lower --max-model-len"
+            )
+        memory = (ctypes.c_char * size).from_address(self.arena.base)
+        tensor = torch.frombuffer(memory, dtype=torch.int8)
+        taken = 0
+
+        class OnArena(TorchFunctionMode):  # type: ignore[misc]
+            """Answers the one ``torch.zeros(size, int8)`` that makes the backing buffer. The arena
+            reads as zeros where it is fresh and is never zeroed here: most of it is not granted."""
+
+            def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+                nonlocal taken
+                kwargs = kwargs or {}
+                if func is torch.zeros and args[:1] == (size,) and kwargs.get("dtype") is torch.int8:
+                    taken += 1
+                    return tensor
+                return func(*args, **kwargs)
+
+        with OnArena():
+            caches = original(config, *args, **kwargs)
+        if taken != 1:
+            raise EngineUnsupported(
+                f"allocate_kv_cache made {taken} backing buffers where 1 was expected: this vLLM lays "
+                "its KV cache out in a way Valve does not know; use a supported version"
+            )
+        self.pool = self._pool(config, caches)
+        self._await_pinned()
+        return caches
+
+    def _pool(self, config: Any, caches: dict[str, Any]) -> ElasticPool:
+        regions = []
+        for tensor in config.kv_cache_tensors:
+            view = caches[tensor.layers[0]]
+            page = view[0].numel() * view.element_size()
+            regions.append(
+                geo.Region(tensor.offset, len(tensor.layers), tensor.layer_stride, tensor.block_stride, page)
+            )
+        blocks = geo.build(regions, config.num_blocks, self.arena.slab_bytes, self.arena.slabs)
+        if blocks.scattered:
+            logger.warning(
+                "valve: this KV layout spreads a block over the whole arena; memory is granted and "
+                "taken as a whole (a block-outermost layout such as BLHNC avoids this)"
+            )
+        return ElasticPool(blocks, pinned=(NULL_BLOCK,))
+
+    def _await_pinned(self) -> None:
+        """The null block must be real before the first step. Offline waits for memory as long
+        as it takes (it has nothing better to do); online is granted at once or not at all."""
+        assert self.pool is not None
+        demand = Demand(self.link, self.pool, self.settings)
+        started = said = time.monotonic()
+        while not self.pool.pinned_slabs <= self.pool.held:
+            now = time.monotonic()
+            demand.raise_to(1, now, urgent=self.settings.urgent)
+            self.pool.apply(drain_events(self.link))
+            if self.settings.urgent and now - started > 10:
+                raise ArenaRefused("the agent granted no memory within 10 s; is the device full?")
+            if now - said > 10:
+                said = now
+                logger.warning("valve: waiting for the first slab of device memory")
+            time.sleep(0.001)
+
+
+def drain_events(link: Link) -> list[tuple[int, int]]:
+    events = []
+    while (event := link.poll()) is not None:
+        events.append(event)
+    return events
+
+
+class KvTenant:
+    """Keeps one Scheduler's block pool true to what is granted."""
+
+    def __init__(self, scheduler: Any, backing: Backing) -> None:
+        assert backing.pool is not None
+        self._scheduler = scheduler
+        self._link = backing.link
+        self._settings = backing.settings
+        self.pool = backing.pool
+        self.demand = Demand(self._link, self.pool, self._settings)
+        self.ledger = Ledger(self._link, self.pool)
+        self.gap = DecodeGap()
+        self._blocks: Any = scheduler.kv_cache_manager.block_pool
+        self._block_size = int(scheduler.block_size)
+        self.withdrawn: set[int] = set()
+        self.limbo: set[int] = set()
+        self._arriving: dict[str, int] = {}
+        self._needed = 0
+        self._counted: tuple[int, int, float] = (-1, -1, 0.0)
+        for block in self._blocks.blocks:
+            if not block.is_null and not self.pool.is_usable(block.block_id):
+                self._withdraw(block)
+        self.demand.raise_to(self._settings.floor_blocks, time.monotonic(), urgent=False)
+
+    def schedules_for(self, scheduler: Any) -> bool:
+        return self._scheduler is scheduler
+
+    def allocates_from(self, block_pool: Any) -> bool:
+        return self._blocks is block_pool
+
+    def rest(self) -> None:
+        """No request is left."""
+        self.gap.rest()
+        self.publish()
+
+    # -- memory that came and went ------------------------------------------------------------
+
+    def drain(self) -> None:
+        """Bring the block pool up to date. Before scheduling, and before outputs are believed."""
+        events = drain_events(self._link)
+        if events:
+            change = self.pool.apply(events)
+            if change.lost:
+                self._lose(change.lost, change.gained)
+            for index in sorted(change.gained):
+                if index in self.withdrawn:
+                    self._restore(self._blocks.blocks[index])
+                self.limbo.discard(index)
+        if self.limbo:
+            for index in [i for i in self.limbo if self._blocks.blocks[i].ref_cnt == 0]:
+                self._withdraw(self._blocks.blocks[index])
+
+    def _lose(self, lost: set[int], gained: set[int]) -> None:
+        blocks = self._blocks.blocks
+        in_use = {i for i in lost if blocks[i].ref_cnt > 0 and i not in self.withdrawn}
+        victims, tainted = self._victims(in_use)
+        self._blocks.evict_blocks(lost | tainted)
+        recomputed_tokens = self._preempt(victims)
+        for index in lost - gained:
+            if index in self.withdrawn:
+                continue
+            if blocks[index].ref_cnt == 0:
+                self._withdraw(blocks[index])
+            else:
+                self.limbo.add(index)
+        self._link.count(COUNT_LOST_BLOCKS, len(in_use))
+        self._link.count(COUNT_RECOMPUTED, len(victims))
+        self._link.count(COUNT_RECOMPUTED_TOKENS, recomputed_tokens)
+        logger.debug("valve: lost %d blocks, %d in use, %d requests", len(lost), len(in_use), len(victims))
+
+    def _victims(self, lost: set[int]) -> tuple[list[Any], set[int]]:
+        """Requests that hold a lost block, and blocks that the step in flight wrote for them.
+
+        What a victim wrote during the step in which its blocks vanished was computed from
+        garbage. Such a block may already carry a prefix hash and may already be shared, so it is
+        treated as lost too (it keeps its memory, not its contents), until nothing is added.
+        """
+        if not lost:
+            return [], set()
+        owners = [(request, self._block_ids(request)) for request in self._holders()]
+        bad, tainted = set(lost), set[int]()
+        victims: dict[str, Any] = {}
+        grew = True
+        while grew:
+            grew = False
+            for request, ids in owners:
+                if request.request_id in victims or bad.isdisjoint(ids):
+                    continue
+                victims[request.request_id] = request
+                sound = request.num_computed_tokens - request.num_in_flight_tokens
+                written = set(ids[max(0, sound) // self._block_size :]) - bad
+                tainted |= written
+                bad |= written
+                grew = True
+        return list(victims.values()), tainted
+
+    def _preempt(self, victims: list[Any]) -> int:
+        """Back to the waiting queue, in the order they ran; returns tokens to compute again."""
+        if not victims:
+            return 0
+        scheduler, now, tokens = self._scheduler, time.monotonic(), 0
+        running = {r.request_id for r in scheduler.running}
+        chosen = {r.request_id for r in victims}
+        order = [r for r in scheduler.running if r.request_id in chosen]
+        scheduler.running = [r for r in scheduler.running if r.request_id not in chosen]
+        for request in reversed(order):
+            tokens += max(0, request.num_computed_tokens - request.num_in_flight_tokens)
+            self.ledger.forget(request.request_id)
+            scheduler._preempt_request(request, now, drop_stale_output=True)
+            scheduler.prev_step_scheduled_req_ids.discard(request.request_id)
+        for request in victims:
+            if request.request_id not in running:  # a paused streaming session keeps its blocks
+                tokens += request.num_computed_tokens
+                scheduler.kv_cache_manager.free(request)
+                request.num_computed_tokens = 0
+        return tokens
+
+    def _withdraw(self, block: Any) -> None:
+        self._blocks.free_block_queue.remove(block)
+        block.ref_cnt = 1
+        self.withdrawn.add(block.block_id)
+        self.limbo.discard(block.block_id)
+
+    def _restore(self, block: Any) -> None:
+        block.ref_cnt = 0
+        self._blocks.free_block_queue.append(block)
+        self.withdrawn.discard(block.block_id)
+
+    # -- what the engine could use ------------------------------------------------------------
+
+    def arriving(self, request: Any) -> None:
+        """A request was read off the socket (input thread): ask for its memory now, so that the
+        grant is there before the scheduler is."""
+        blocks = self._blocks_for(request)
+        self._arriving[request.request_id] = blocks
+        self.demand.raise_to(
+            self._needed + sum(list(self._arriving.values())), time.monotonic(), urgent=self._settings.urgent
+        )
+
+    def arrived(self, request_id: str) -> None:
+        """The scheduler has the request (or it will never come)."""
+        self._needed += self._arriving.pop(request_id, 0)
+
+    def ask(self) -> None:
+        """Say what the queue could use; give back what it has not used for a while."""
+        scheduler, now = self._scheduler, time.monotonic()
+        running, waiting = scheduler.get_request_counts()
+        counted = self._counted
+        if (running, waiting) == counted[:2] and now - counted[2] < 0.1:
+            return
+        self._counted = (running, waiting, now)
+        self._needed = self._count_needed()
+        needed = self._needed + sum(list(self._arriving.values()))
+        if needed:
+            self.demand.raise_to(needed, now, urgent=self._settings.urgent)
+        self._give_back(self.demand.surplus(needed, now))
+
+    @property
+    def over_provisioned(self) -> bool:
+        return self._needed == 0 and len(self.pool.held) > self.demand.slabs_for(self._settings.floor_blocks)
+
+    def _count_needed(self) -> int:
+        scheduler = self._scheduler
+        room = int(scheduler.max_num_running_reqs) - len(scheduler.running)
+        total = sum(self._blocks_for(r) for r in scheduler.running)
+        for request in scheduler.waiting:
+            if room <= 0:
+                break
+            total += self._blocks_for(request)
+            room -= 1
+        return total
+
+    def _blocks_for(self, request: Any) -> int:
+        tokens = min(int(request.num_prompt_tokens + request.max_tokens), int(self._scheduler.max_model_len))
+        return -(-tokens // self._block_size)
+
+    def _give_back(self, slabs: int) -> None:
+        if slabs <= 0:
+            return
+        free = {b.block_id for b in self._blocks.free_block_queue.get_all_free_blocks()}
+        for slab in self.pool.returnable(free, slabs):
+            gone = self.pool.give_up(slab)
+            self._blocks.evict_blocks(set(gone))
+            for index in gone:
+                self._withdraw(self._blocks.blocks[index])
+            self._link.give_back(slab)
+
+    # -- what the agent may know --------------------------------------------------------------
+
+    def publish(self) -> None:
+        """Who owns what during the step that starts now."""
+        self.ledger.publish(
+            [(r.request_id, r.num_computed_tokens, self._block_ids(r)) for r in self._holders()]
+        )
+
+    def _holders(self) -> Iterable[Any]:
+        """Requests that may hold blocks: the running ones and paused streaming sessions."""
+        scheduler = self._scheduler
+        yield from scheduler.running
+        if scheduler.num_waiting_for_streaming_input or scheduler.kv_holding_waiting:
+            running = {r.request_id for r in scheduler.running}
+            yield from (r for r in scheduler.requests.values() if r.request_id not in running)
+
+    def _block_ids(self, request: Any) -> list[int]:
+        groups = self._scheduler.kv_cache_manager.get_block_ids(request.request_id)
+        if len(groups) == 1:
+            return list(groups[0])
+        return [index for group in groups for index in group if index != NULL_BLOCK]
