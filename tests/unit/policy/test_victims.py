@@ -237,6 +237,11 @@ def test_forward_is_the_plain_greedy(pool: tuple[list[SlabView], dict[int, list[
     assert harmed == plain_greedy(owned, need, tokens).harmed
 
 
+def test_forward_prices_only_those_not_harmed_yet() -> None:
+    inner = _Pool([view(0, 0), view(1, 0, 1), view(2, 2)], {0: [3, 5, 6]})
+    assert {inner.requests[number] for number in inner.harm(2, per_slab=False)} == {(0, 0), (0, 1)}
+
+
 def plain_greedy(slabs: list[SlabView], need: int, tokens: dict[int, list[int]]) -> Choice:
     """The greedy as one would write it down: the slab that newly harms the fewest, again and again."""
     left = sorted(some for some in slabs if not some.pinned)
