@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`valve demo`: two real LLM engines on one device, measured with and without Valve.
 
-app.py        command line, order of the phases, exit status
+main.py       command line, order of the phases, exit status
 trace.py      arrivals from a trace file          prompts.py   real text of exact length
 loadgen.py    the online load, timed per token    offline_driver.py   the offline batch (engine's Python)
 engines.py    the two engines as processes        phases.py    exclusive, alone, naive
@@ -10,7 +10,3 @@ events.py     the agent's event log               stats.py, measure.py   figures
 report.py     report.json's models                summary.py, page.py    what people see
 display.py    live progress                       settings.py  every constant of the run
 """
-
-from valve_cli.demo.app import main
-
-__all__ = ["main"]

@@ -3,7 +3,7 @@
 
 import sys
 
-from valve_cli.demo import main
+from valve_cli.demo.main import main
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

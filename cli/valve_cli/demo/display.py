@@ -2,7 +2,7 @@
 """The live display: rich on a terminal, a line every few seconds elsewhere (CI).
 
 Reads `Progress` twice a second and writes to the terminal; measures nothing.  One asyncio
-task of the demo's loop, started by `app.py`.
+task of the demo's loop, started by `main.py`.
 """
 
 from __future__ import annotations

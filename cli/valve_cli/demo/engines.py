@@ -30,7 +30,11 @@ PASSAGES = Path(__file__).with_name("data") / "passages.txt"
 
 
 def engine_environment(settings: Settings, base: dict[str, str]) -> dict[str, str]:
-    """Environment of both engines: offline hub, the same thread count, no usage reports."""
+    """Environment of both engines: offline hub, the same thread count, no usage reports.
+
+    The worker runs in the scheduler's process in every phase, as it must under Valve, so that
+    the phases compare like with like: with VLLM_ENABLE_V1_MULTIPROCESSING=0 vLLM's CPU platform
+    keeps the executor `uni`."""
     return base | {
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_OFFLINE": "1",
@@ -38,6 +42,7 @@ def engine_environment(settings: Settings, base: dict[str, str]) -> dict[str, st
         "DO_NOT_TRACK": "1",
         "OMP_NUM_THREADS": str(settings.flags.threads),
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # its automatic binding would leave one of two cores out
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONUNBUFFERED": "1",
     }
@@ -73,6 +78,7 @@ class OnlineEngine:
             f"--kv-cache-memory-bytes={kv_bytes}",
             "--no-enable-prefix-caching",
             "--enforce-eager",
+            "--distributed-executor-backend=uni",
             "--disable-uvicorn-access-log",
         ]
         return cls(

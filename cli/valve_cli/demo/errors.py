@@ -6,7 +6,7 @@
       ProcessError             a process that did not start, died, or reported a failure
       MeasurementError         a phase that ran but did not give what the report needs
 
-Raised everywhere in the package, caught only in `valve_cli.demo.app.main`.
+Raised everywhere in the package, caught only in `valve_cli.demo.main.main`.
 """
 
 from __future__ import annotations

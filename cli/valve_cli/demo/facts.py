@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the report says about where it was made: machine, versions, commit.
 
-Reads /proc and asks git; a fact that cannot be had is said to be unknown.  Called by `app.py`.
+Reads /proc and asks git; a fact that cannot be had is said to be unknown.  Called by `main.py`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Makes the report's figures out of what the phases saw.
 
-Pure: records and events in, report models out.  Called by `app.py`.
+Pure: records and events in, report models out.  Called by `main.py`.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 
 exclusive, alone and naive share one pair of engines without Valve; the Valve phase starts
 a fresh pair under an agent (`valve_phase.py`).  Every phase returns a `PhaseRecord` of raw
-observations; `measure.py` makes figures of it.  Single asyncio loop; called by `app.py`.
+observations; `measure.py` makes figures of it.  Single asyncio loop; called by `main.py`.
 """
 
 from __future__ import annotations
@@ -171,7 +171,9 @@ class Phases:
             offline_sequences=sequences,
         )
 
-    async def fill(self, offline: OfflineEngine, sequences: int, phase: str) -> None:
+    async def fill(
+        self, offline: OfflineEngine, sequences: int, phase: str, observe: Callable[[], None] = lambda: None
+    ) -> None:
         """Feed the offline engine until a quarter as many requests have ended as are kept in
         it: by then its memory is full and requests end and start evenly."""
         before = len(offline.finished)
@@ -181,10 +183,14 @@ class Phases:
             lambda: len(offline.finished) - before >= sequences / 4,
             FILL_TIMEOUT_S,
             f"fill its memory for the phase {phase}",
+            observe,
         )
 
-    async def replay(self, pair: Pair, offline: OfflineEngine | None = None) -> tuple[list[Request], Span]:
-        """The trace against the online engine; the window is first arrival to last answer."""
+    async def replay(
+        self, pair: Pair, offline: OfflineEngine | None = None, observe: Callable[[], None] = lambda: None
+    ) -> tuple[list[Request], Span]:
+        """The trace against the online engine; the window is first arrival to last answer.
+        `observe` is called four times a second and may raise to end the phase."""
         generator = LoadGenerator(pair.online.url, MODEL_NAME, self._arrivals, pair.prompts.make)
         task = asyncio.create_task(generator.run())
         try:
@@ -194,6 +200,7 @@ class Phases:
                 pair.online.child.check()
                 if offline:
                     self._observe(offline)
+                observe()
         finally:
             task.cancel()
             with suppress(asyncio.CancelledError):
@@ -208,11 +215,17 @@ class Phases:
         await generator.warm_up([order[0], order[len(order) // 2], order[-1]])
 
     async def _watch(
-        self, offline: OfflineEngine, done: Callable[[], bool], timeout_s: float, what: str
+        self,
+        offline: OfflineEngine,
+        done: Callable[[], bool],
+        timeout_s: float,
+        what: str,
+        observe: Callable[[], None] = lambda: None,
     ) -> None:
         deadline = time.monotonic() + timeout_s
         while True:
             self._observe(offline)
+            observe()
             if done():
                 return
             if time.monotonic() > deadline:

@@ -3,7 +3,7 @@
 
 Values only, the same for every phase (the phases differ in who runs, nothing else).  The
 figures are chosen for a 135M-parameter model on 2 CPU cores: online is busy about 60 % of
-the time, offline fills the device's memory.  `app.py` makes a Settings from the command
+the time, offline fills the device's memory.  `main.py` makes a Settings from the command
 line and the policy; the report carries it.
 """
 
@@ -75,6 +75,7 @@ class Settings:
     policy: Path
     out: Path
     device_bytes: int
+    slab_bytes: int
     trace: Path
     trace_start_s: float = 40.0
     requests: int = 132

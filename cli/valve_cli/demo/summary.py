@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The table and the verdict that the demo prints at its end.  Called by `app.py`."""
+"""The table and the verdict that the demo prints at its end.  Called by `main.py`."""
 
 from __future__ import annotations
 

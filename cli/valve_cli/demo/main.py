@@ -26,6 +26,7 @@ from valve_api.errors import PolicyError
 from valve_api.load import load_policy
 from valve_cli.demo import facts, measure, summary
 from valve_cli.demo.display import shown
+from valve_cli.demo.engines import engine_environment
 from valve_cli.demo.errors import DemoError
 from valve_cli.demo.page import write_html
 from valve_cli.demo.phases import PhaseRecord, Phases, start_pair
@@ -111,6 +112,7 @@ def settings_from(args: argparse.Namespace) -> Settings:
         policy=args.policy.absolute(),
         out=args.out.absolute(),
         device_bytes=int(policy.spec.cpu_device.memory),
+        slab_bytes=int(policy.spec.memory.slab_size),
         trace=args.trace,
         phases=tuple(name for name in PHASES if name in phases),
         fault=args.fault,
@@ -184,6 +186,7 @@ class Demo:
         self._settings = settings
         self._command = command
         self._env = env
+        self._engine_env = engine_environment(settings, env)
         self._console = console
         self._records: dict[str, PhaseRecord] = {}
         self._valve: measure.ValveRecord | None = None
@@ -204,15 +207,14 @@ class Demo:
             phases = Phases(settings, arrivals, progress)
             await self._without_valve(phases, progress)
             if "valve" in settings.phases:
-                exclusive = self._records.get("exclusive")
                 self._valve = await valve_phase(
-                    settings, self._env, phases, progress, self._engine_info, exclusive
+                    settings, self._env, self._engine_env, phases, progress, self._engine_info
                 )
                 self._records["valve"] = self._valve.phase
         report = self._report(arrivals, started, time.monotonic() - begin)
         (settings.out / "report.json").write_text(report.to_json(), encoding="utf-8")
         page = settings.out / "report.html"
-        write_html(page, report, self._records, self._valve)
+        write_html(page, report, self._records, self._valve, settings.slab_bytes)
         summary.show(report, self._console)
         self._console.print(f"\nreport: {page}\n        {page.with_suffix('.json')}", soft_wrap=True)
         return 0
@@ -224,7 +226,7 @@ class Demo:
         if not wanted:
             return
         progress.begin("start", "both engines load the model", 30.0)
-        pair = await start_pair(settings, self._env, "plain", settings.online_static_bytes)
+        pair = await start_pair(settings, self._engine_env, "plain", settings.online_static_bytes)
         try:
             self._engine_info.update({k: str(pair.offline.info[k]) for k in ("vllm", "torch")})
             await phases.warm_up(pair)
