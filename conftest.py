@@ -78,6 +78,5 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     terminalreporter.section("tests per lane")
     for lane, counter in counts.items():
         note = "" if lane != "gpu" or gpu_present() else " (no /dev/nvidiactl on this machine)"
-        terminalreporter.line(
-            f"{lane:12} {counter['passed']:5} passed {counter['failed']:3} failed {counter['skipped']:3} skipped{note}"
-        )
+        tally = ", ".join(f"{counter[outcome]:4} {outcome}" for outcome in ("passed", "failed", "skipped"))
+        terminalreporter.line(f"{lane:12} {tally}{note}")
