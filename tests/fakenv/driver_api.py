@@ -19,8 +19,12 @@ class CudaError(Exception):
 
 class Prop(ctypes.Structure):
     _fields_ = (
-        ("type", ctypes.c_int), ("handle_types", ctypes.c_int), ("location_type", ctypes.c_int),
-        ("location_id", ctypes.c_int), ("win32", ctypes.c_void_p), ("flags", ctypes.c_uint8 * 8),
+        ("type", ctypes.c_int),
+        ("handle_types", ctypes.c_int),
+        ("location_type", ctypes.c_int),
+        ("location_id", ctypes.c_int),
+        ("win32", ctypes.c_void_p),
+        ("flags", ctypes.c_uint8 * 8),
     )
 
 

@@ -19,6 +19,10 @@
 
 #include "fake.h"
 
+#ifndef SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV
+#define SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV (1u << 5)
+#endif
+
 #if defined(__x86_64__)
 #define ARCH AUDIT_ARCH_X86_64
 #define OLD_OPEN SYS_open
@@ -56,11 +60,13 @@ int filter_install(void)
         BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_USER_NOTIF),
     };
     struct sock_fprog program = {sizeof code / sizeof *code, code};
-    int flags = SECCOMP_FILTER_FLAG_NEW_LISTENER;
-#ifdef SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV
-    flags |= SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV;
-#endif
+    /* The second flag is from Linux 5.19; without it a signal may interrupt a call half-way. */
+    unsigned flags = SECCOMP_FILTER_FLAG_NEW_LISTENER | SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV;
     int fd = (int)syscall(SYS_seccomp, SECCOMP_SET_MODE_FILTER, flags, &program);
+    if (fd < 0 && errno == EINVAL) {
+        flags = SECCOMP_FILTER_FLAG_NEW_LISTENER;
+        fd = (int)syscall(SYS_seccomp, SECCOMP_SET_MODE_FILTER, flags, &program);
+    }
     if (fd < 0 && errno == EACCES) { /* not an administrator: allowed only without new privileges */
         prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0);
         fd = (int)syscall(SYS_seccomp, SECCOMP_SET_MODE_FILTER, flags, &program);

@@ -13,7 +13,15 @@ import os
 import struct
 
 FREE, CONTROL, ALLOC, DUP, SHARE, XFER = 0x29, 0x2A, 0x2B, 0x34, 0x35, 211
-ROOT_CLIENT, DEVICE, SUBDEVICE, VASPACE, TSG, CHANNEL, MEMORY = 0x41, 0x80, 0x2080, 0x90F1, 0xA06C, 0xC86F, 0x40
+ROOT_CLIENT, DEVICE, SUBDEVICE, VASPACE, TSG, CHANNEL, MEMORY = (
+    0x41,
+    0x80,
+    0x2080,
+    0x90F1,
+    0xA06C,
+    0xC86F,
+    0x40,
+)
 DISABLE_CHANNELS, PREEMPT, RESTART_RUNLIST = 0x2080110B, 0xA06C0105, 0xA06F0111
 TSG_SCHEDULE, TSG_INFO, SET_TIMESLICE, GET_TIMESLICE = 0xA06C0101, 0xA06C0106, 0xA06C0103, 0xA06C0104
 OK, NO_PERMISSION, INVALID_ARGUMENT, INVALID_CLIENT, NOT_SUPPORTED = 0, 0x1B, 0x1F, 0x23, 0x56
@@ -29,7 +37,9 @@ def escape(fd: int, number: int, data: bytes, xfer: bool = False) -> bytes:
     """One escape; returns the parameters as the driver left them. Raises OSError."""
     if xfer:
         inner = ctypes.create_string_buffer(data, len(data))
-        fcntl.ioctl(fd, iowr(XFER, 16), bytearray(struct.pack("IIQ", number, len(data), ctypes.addressof(inner))))
+        fcntl.ioctl(
+            fd, iowr(XFER, 16), bytearray(struct.pack("IIQ", number, len(data), ctypes.addressof(inner)))
+        )
         return inner.raw
     buffer = bytearray(data)
     fcntl.ioctl(fd, iowr(number, len(data)), buffer, True)
@@ -39,7 +49,9 @@ def escape(fd: int, number: int, data: bytes, xfer: bool = False) -> bytes:
 class Client:
     """One RM client on one open control file. Calls return the RM status and keep no state."""
 
-    def __init__(self, path: str = "/dev/nvidiactl", fd: int | None = None, handle: int | None = None) -> None:
+    def __init__(
+        self, path: str = "/dev/nvidiactl", fd: int | None = None, handle: int | None = None
+    ) -> None:
         self.fd = os.open(path, os.O_RDWR | os.O_CLOEXEC) if fd is None else fd
         if handle is None:
             status, handle = self.alloc(0, ROOT_CLIENT, b"", root=0)
@@ -47,7 +59,13 @@ class Client:
         self.handle = handle
 
     def alloc(
-        self, parent: int, hclass: int, params: bytes, handle: int = 0, wide: bool = False, xfer: bool = False,
+        self,
+        parent: int,
+        hclass: int,
+        params: bytes,
+        handle: int = 0,
+        wide: bool = False,
+        xfer: bool = False,
         root: int | None = None,
     ) -> tuple[int, int]:
         """RM_ALLOC in its short or wide form: (status, handle)."""
@@ -68,7 +86,9 @@ class Client:
         return struct.unpack_from("I", escape(self.fd, CONTROL, data, xfer), 28)[0], buffer.raw[: len(params)]
 
     def free(self, handle: int) -> int:
-        return struct.unpack("IIII", escape(self.fd, FREE, struct.pack("IIII", self.handle, 0, handle, 0xDEAD)))[3]
+        out = escape(self.fd, FREE, struct.pack("IIII", self.handle, 0, handle, 0xDEAD))
+        status: int = struct.unpack("IIII", out)[3]
+        return status
 
     def dup(self, parent: int, source_client: int, source: int) -> tuple[int, int]:
         data = struct.pack("IIIIIII", self.handle, parent, 0, source_client, source, 0, 0xDEAD)
@@ -78,17 +98,25 @@ class Client:
     def share(self, handle: int, target: int) -> int:
         """Lets client `target` dup the object (share type CLIENT, action COMPOSE)."""
         data = struct.pack("IIIIHBBI", self.handle, handle, target, 1, 3, 4, 0, 0xDEAD)
-        return struct.unpack("IIIIHBBI", escape(self.fd, SHARE, data))[7]
+        status: int = struct.unpack("IIIIHBBI", escape(self.fd, SHARE, data))[7]
+        return status
 
     def disable(
-        self, subdevice: int, channels: list[int], on: bool = True, only: bool = False, rewind: bool = False,
-        event: int = 0, client: int | None = None, count: int | None = None,
+        self,
+        subdevice: int,
+        channels: list[int],
+        on: bool = True,
+        only: bool = False,
+        rewind: bool = False,
+        event: int = 0,
+        client: int | None = None,
+        count: int | None = None,
     ) -> int:
         """FIFO_DISABLE_CHANNELS for channels of `client` (default: this one); on=False enables."""
-        head = struct.pack(
-            "B3xIBB6xQ", on, len(channels) if count is None else count, only, rewind, event
+        head = struct.pack("B3xIBB6xQ", on, len(channels) if count is None else count, only, rewind, event)
+        clients = struct.pack(
+            "64I", *[client or self.handle] * min(64, len(channels)), *[0] * (64 - len(channels))
         )
-        clients = struct.pack("64I", *[client or self.handle] * min(64, len(channels)), *[0] * (64 - len(channels)))
         handles = struct.pack("64I", *channels[:64], *[0] * (64 - len(channels)))
         return self.control(subdevice, DISABLE_CHANNELS, head + clients + handles)[0]
 
@@ -120,6 +148,25 @@ def try_open(path: str) -> int:
     return 0
 
 
+def descriptors(inodes: list[int]) -> list[int]:
+    """This process's descriptors of the given files, as the supervisor's status names them."""
+    found = []
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            if os.fstat(int(name)).st_ino in inodes:
+                found.append(int(name))
+        except OSError:  # the listing's own descriptor
+            continue
+    return found
+
+
+def subdevice_of(client: Client, name_size: int = 132) -> int:
+    """The first object that answers GPU_GET_NAME_STRING: how a test without an interposer finds it."""
+    return next(
+        h for h in range(0x5C000000, 0x5C000100) if client.control(h, 0x20800110, bytes(name_size))[0] == OK
+    )
+
+
 def uvm(fd: int, command: int, data: bytes, status_at: int) -> int:
     """One UVM ioctl; returns its rmStatus."""
     buffer = bytearray(data)
@@ -138,7 +185,9 @@ def uvm_sparse(fd: int, base: int, length: int) -> int:
     return uvm(fd, 74, struct.pack("QQ16xIxxxx", base, length, 0xDEAD), 32)
 
 
-def uvm_map(fd: int, base: int, length: int, client: int, memory: int, max_gpus: int = 256, offset: int = 0) -> int:
+def uvm_map(
+    fd: int, base: int, length: int, client: int, memory: int, max_gpus: int = 256, offset: int = 0
+) -> int:
     attributes = b"fakenv-gpu-uuid\0" + bytes(20) + bytes(36 * (max_gpus - 1))
     tail = struct.pack("QiIII", 1, -1, client, memory, 0xDEAD)
     return uvm(fd, 33, struct.pack("QQQ", base, length, offset) + attributes + tail, 24 + 36 * max_gpus + 20)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "fakenv"))
-import machine as fakenv
+import fakenv
 
 BRANCHES = ("535", "550", "570", "580", "595")
 NewMachine = Callable[..., fakenv.Machine]

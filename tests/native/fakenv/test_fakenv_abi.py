@@ -10,7 +10,8 @@ import struct
 
 import pytest
 from conftest import BRANCHES, NewMachine
-from machine import Machine
+
+from fakenv import Machine
 
 #           version       channel vaspace memory schedule probed name uvm_gpus
 LAYOUTS = {
@@ -45,7 +46,12 @@ def test_sizes_are_exact_per_branch(new_machine: NewMachine, branch: str) -> Non
     allocations = [
         ("channel", "t['tsg'], rm.CHANNEL, bytes({size})", channel, 728 - channel),
         ("vaspace", "t['device'], rm.VASPACE, bytes({size})", vaspace, 104 - vaspace),
-        ("memory", "t['device'], rm.MEMORY, bytes(memory_params[:{size}].ljust({size}, b'\\0'))", memory, 248 - memory),
+        (
+            "memory",
+            "t['device'], rm.MEMORY, bytes(memory_params[:{size}].ljust({size}, b'\\0'))",
+            memory,
+            248 - memory,
+        ),
     ]
     for what, call, right, of_another_branch in allocations:
         for wide in (False, True):
@@ -83,12 +89,16 @@ def test_sizes_are_exact_per_branch(new_machine: NewMachine, branch: str) -> Non
     assert status(f"(rm.uvm_map(u, base, 4 << 20, c.handle, 0x77, {uvm_gpus}),)") == 0
 
 
-#                                     what                        expression                                             status
+# what, expression, status
 STATUSES = [
     ("a control of an unknown number is not supported", "c.control(t['tsg'], 0xA06C0999, bytes(4))", 0x56),
     ("a channel's control is not supported on a group", "c.control(t['tsg'], 0xA06F0111, bytes(2))", 0x56),
     ("a control on no object", "c.control(0x1234, 0xA06C0105, bytes(8))", 0x57),
-    ("a client that does not exist", "rm.Client(fd=c.fd, handle=0xC1D0FFFF).control(1, 0xA06C0105, bytes(8))", 0x23),
+    (
+        "a client that does not exist",
+        "rm.Client(fd=c.fd, handle=0xC1D0FFFF).control(1, 0xA06C0105, bytes(8))",
+        0x23,
+    ),
     ("the kernel-only switch for all user channels", "c.control(t['subdevice'], 0x20801117, bytes(1))", 0x1B),
     ("an internal control", "c.control(t['tsg'], 0xA06C0202, bytes(8))", 0x56),
     ("a control that no driver exports", "c.control(t['subdevice'], 0x2080110A, bytes(4))", 0x56),
@@ -114,7 +124,9 @@ def actor_with_tree(machine: Machine):  # type: ignore[no-untyped-def]
     return actor
 
 
-@pytest.mark.parametrize(("expression", "status"), [row[1:] for row in STATUSES], ids=[row[0] for row in STATUSES])
+@pytest.mark.parametrize(
+    ("expression", "status"), [row[1:] for row in STATUSES], ids=[row[0] for row in STATUSES]
+)
 def test_refusals(actor_with_tree, expression: str, status: int) -> None:  # type: ignore[no-untyped-def]
     assert actor_with_tree.run(f"result = ({expression})[0]") == status
 
@@ -164,10 +176,13 @@ def test_uvm_wants_initialize_first(actor_with_tree) -> None:  # type: ignore[no
 )
 def test_which_files_are_there(new_machine: NewMachine, options: dict[str, int], expected: list[int]) -> None:
     actor = new_machine(**options).actor()
-    assert actor.run("""
+    assert (
+        actor.run("""
         import rm
         result = [rm.try_open("/dev/nvidia" + n) for n in ("ctl", "0", "1", "-uvm", "-modeset")]
-    """) == expected
+    """)
+        == expected
+    )
 
 
 def test_a_version_that_nobody_knows(new_machine: NewMachine) -> None:

@@ -45,7 +45,7 @@ def build() -> Path:
 
 def unavailable(folder: Path) -> str | None:
     """Why the fake cannot run here, or None."""
-    probe = [folder / "fakenv", "run", "--", "true"]
+    probe = [str(folder / "fakenv"), "run", "--", "true"]
     done = subprocess.run(probe, capture_output=True, text=True, timeout=30, check=False)
     return None if done.returncode == 0 else done.stderr.strip() or f"{probe[0]} ended with {done.returncode}"
 
@@ -125,7 +125,9 @@ class Actor:
         self._socket.settimeout(60)
         command = [*prefix, sys.executable, "-S", str(HERE / "actor.py"), str(theirs.fileno())]
         self.process = subprocess.Popen(
-            machine.prefix() + command, pass_fds=[theirs.fileno()], env=machine.environment()
+            ["sh", "-c", 'ulimit -c 0; exec "$0" "$@"', *machine.prefix(), *command],  # some die of SIGSEGV
+            pass_fds=[theirs.fileno()],
+            env=machine.environment(),
         )
         theirs.close()
         self.pid = self.process.pid
