@@ -200,4 +200,6 @@ def load() -> Valve:
         ctypes.CDLL(None).valve_version  # noqa: B018  (the look-up is the test)
     except AttributeError:
         return Valve(None, None)
-    return Valve(ctypes.PyDLL(None), ctypes.CDLL(None))
+    valve = Valve(ctypes.PyDLL(None), ctypes.CDLL(None))
+    valve.attach(timeout_ms=0)  # an online process connects when it first uses the library: now
+    return valve

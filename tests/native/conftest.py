@@ -62,15 +62,17 @@ def variant(request: pytest.FixtureRequest) -> str:
 def start(
     library: Path, victim_of: Callable[[str], Path], agent: FakeAgent, tmp_path: Path
 ) -> Iterator[Start]:
-    """start(role, variant="plain", arguments=[], **environment) -> Victim; ended and checked after the test."""
+    """start(role, variant="plain", arguments=(), **environment) -> Victim; ended and checked afterwards."""
     started: list[Victim] = []
 
-    def launch(
-        role: str, variant: str = "plain", arguments: tuple[str, ...] = (), **more: str
-    ) -> Victim:
+    def launch(role: str, variant: str = "plain", arguments: tuple[str, ...] = (), **more: str) -> Victim:
         environment = {
-            **os.environ, **sanitizer_environment(), "VALVE_SOCKET": str(agent.path), "VALVE_WORKLOAD": role, **more,
-        }  # fmt: skip
+            **os.environ,
+            **sanitizer_environment(),
+            "VALVE_SOCKET": str(agent.path),
+            "VALVE_WORKLOAD": role,
+            **more,
+        }
         command = [str(victim_of(variant)), *arguments]
         if variant == "plain":
             environment["LD_PRELOAD"] = str(library)

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 from fake_agent import FakeAgent
-from valve_agent import wire
 from victims import Victim, children, state, wait_until
+
+from valve_agent import wire
 
 Start = Callable[..., Victim]
 ONLINE, OFFLINE = wire.Role.ONLINE, wire.Role.OFFLINE
@@ -51,9 +52,14 @@ def test_online_runs_at_once_and_connects_when_it_uses_the_api(
 
 def test_without_a_socket_the_library_does_nothing(library: Path, victim_of: Callable[[str], Path]) -> None:
     done = subprocess.run(
-        [victim_of("plain")], input="state\nopen 1 1\nbusy\nevents\nwant 1 0\nfds\n", text=True, capture_output=True,
-        env={**os.environ, "LD_PRELOAD": str(library), "VALVE_WORKLOAD": "offline"}, timeout=20, check=True,
-    )  # fmt: skip
+        [victim_of("plain")],
+        input="state\nopen 1 1\nbusy\nevents\nwant 1 0\nfds\n",
+        text=True,
+        capture_output=True,
+        env={**os.environ, "LD_PRELOAD": str(library), "VALVE_WORKLOAD": "offline"},
+        timeout=20,
+        check=True,
+    )
     assert done.stderr == ""
     assert done.stdout.splitlines()[1:] == [
         "state role 0 connected 0 error ",
@@ -124,7 +130,11 @@ def test_online_goes_on_when_refused(agent: FakeAgent, start: Start, variant: st
 @pytest.mark.parametrize(
     ("what", "frame", "sentence"),
     [
-        ("another role", wire.Welcome(role=1, device=1, slab_bytes=4096, lease_ms=100), "does not fit this process"),
+        (
+            "another role",
+            wire.Welcome(role=1, device=1, slab_bytes=4096, lease_ms=100),
+            "does not fit this process",
+        ),
         ("no device", wire.Welcome(role=2, device=0, slab_bytes=4096, lease_ms=100), "impossible value"),
         ("no lease", wire.Welcome(role=2, device=1, slab_bytes=4096, lease_ms=0), "impossible value"),
     ],
@@ -234,8 +244,11 @@ def test_python_processes_and_their_children_attach(
     """A subprocess of an offline process is a process of its own, through vfork and exec."""
     code = "import subprocess, sys; sys.exit(subprocess.run(['true']).returncode)"
     environment = {
-        **os.environ, "LD_PRELOAD": str(library), "VALVE_SOCKET": str(agent.path), "VALVE_WORKLOAD": "offline",
-    }  # fmt: skip
+        **os.environ,
+        "LD_PRELOAD": str(library),
+        "VALVE_SOCKET": str(agent.path),
+        "VALVE_WORKLOAD": "offline",
+    }
     with subprocess.Popen([sys.executable, "-S", "-c", code], env=environment) as process:
         first = agent.accept()
         hello = first.welcome(OFFLINE)

@@ -9,12 +9,17 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <inttypes.h>
+#include <linux/filter.h>
+#include <linux/seccomp.h>
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stdio.h>
+#include <stddef.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/prctl.h>
+#include <sys/syscall.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -178,6 +183,20 @@ static int obey(char *line)
     return 1;
 }
 
+/* kcmp fails with EPERM from here on, in children and after exec too. */
+static void forbid_kcmp(void)
+{
+    struct sock_filter filter[] = {
+        BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, nr)),
+        BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, SYS_kcmp, 0, 1),
+        BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | EPERM),
+        BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW),
+    };
+    struct sock_fprog program = {4, filter};
+    if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0 || prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &program) != 0)
+        _exit(8);
+}
+
 static void *serve(void *nothing)
 {
     char line[4096];
@@ -197,6 +216,8 @@ int main(int count, char **values)
 {
     arguments = values;
     setvbuf(stdin, NULL, _IONBF, 0); /* a child or the next program reads on where we stopped */
+    if (count > 1 && strcmp(values[1], "no-kcmp") == 0)
+        forbid_kcmp();
     if (count > 1 && strcmp(values[1], "leaderless") == 0) {
         pthread_t thread;
         pthread_create(&thread, NULL, serve, NULL);

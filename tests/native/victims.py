@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "runtime"))
-import build
+import build as build
 
 HERE = Path(__file__).parent
 WAIT_S = 20.0
@@ -137,7 +137,9 @@ class Victim:
     def helper(self) -> int:
         """Pid of its address-space helper."""
         found = [
-            child for child in children(self.pid) if Path(f"/proc/{child}/comm").read_text() == "valve-helper\n"
+            child
+            for child in children(self.pid)
+            if Path(f"/proc/{child}/comm").read_text() == "valve-helper\n"
         ]
         assert len(found) == 1, found
         return found[0]

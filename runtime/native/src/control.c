@@ -158,13 +158,6 @@ static void on_welcome(struct link_packet *packet)
     loop.slab_bytes = frame->slab_bytes;
     loop.slabs_limit = frame->slabs_limit;
     loop.want_sent = 0;
-    if (atomic_load(&valve.arena) == ARENA_READY) {
-        struct valve_arena_restore restore = {.slabs = valve.slabs};
-        valve_arena_held(&restore.held);
-        send_or_drop(VALVE_ARENA_RESTORE, &restore, sizeof restore, valve_arena_fds(), VALVE_FDS_MAX);
-        if (loop.sock < 0)
-            return;
-    }
     atomic_store(&valve.role, (int)frame->role);
     if (loop.told_unreachable || loop.told_refused || loop.stopped)
         VALVE_SAY("connected to the agent at ", valve.address.sun_path);
@@ -173,6 +166,11 @@ static void on_welcome(struct link_packet *packet)
     loop.stopped = 0; /* from here on the agent decides who runs */
     set_link(LINK_UP);
     valve_page_republish();
+    if (atomic_load(&valve.arena) == ARENA_READY) {
+        struct valve_arena_restore restore = {.slabs = valve.slabs};
+        valve_arena_held(&restore.held);
+        send_or_drop(VALVE_ARENA_RESTORE, &restore, sizeof restore, valve_arena_fds(), VALVE_FDS_MAX);
+    }
 }
 
 static void on_reject(const struct valve_reject *frame)

@@ -65,11 +65,13 @@ int link_receive(int sock, struct link_packet *packet)
 {
     union {
         struct cmsghdr header;
-        char bytes[CMSG_SPACE(sizeof(int) * VALVE_FDS_MAX)]; /* the kernel closes what does not fit */
+        char bytes[CMSG_SPACE(sizeof(int) * VALVE_FDS_MAX)];
     } control;
     struct iovec part = {packet->bytes, sizeof packet->bytes};
     struct msghdr message = {
-        .msg_iov = &part, .msg_iovlen = 1, .msg_control = &control, .msg_controllen = sizeof control};
+        .msg_iov = &part, .msg_iovlen = 1, .msg_control = &control,
+        /* Exactly that many: CMSG_SPACE is rounded up to room for one more.  The kernel closes the rest. */
+        .msg_controllen = CMSG_LEN(sizeof(int) * VALVE_FDS_MAX)};
     packet->count = 0;
     long got = SYS3(SYS_recvmsg, sock, &message, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
     if (got == -EAGAIN || got == -EINTR)

@@ -8,7 +8,7 @@ static size_t join(char *to, size_t size, const char *const *parts)
     size_t n = 0;
     for (; *parts; parts++)
         for (const char *c = *parts; *c && n + 1 < size; c++)
-            to[n++] = *c;
+            to[n++] = *c >= 0 && *c < ' ' ? '?' : *c; /* others' text must not steer a terminal */
     to[n] = 0;
     return n;
 }
