@@ -11,26 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from live import POLICY, SLAB_BYTES
 
 from valve_cli.bench.rig import LiveAgent, LiveTenant
 
 ROOT = Path(__file__).resolve().parents[3]
-SLAB_BYTES = 2 << 20
-SLABS = 64
-LEASE_MS = 400
-POLICY = f"""\
-apiVersion: valve.io/v1alpha1
-kind: ColocationPolicy
-metadata: {{name: test}}
-spec:
-  cpuDevice: {{memory: {SLABS * 2}Mi}}
-  compute: {{lease: {LEASE_MS}ms, recoveryGrace: 500ms, cooldown: {{min: 20ms, max: 200ms}}}}
-  memory:
-    slabSize: 2Mi
-    onlineFloor: 0%
-    reservation: {{min: 2Mi, max: 16Mi, quietPeriod: 60s}}
-  offline: {{defaultMemory: 100%}}
-"""
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from test_memory import SLABS, hold
+from live import SLABS, hold
 
 from valve_agent import wire
 from valve_cli.bench.rig import LiveAgent, LiveTenant, wait_for

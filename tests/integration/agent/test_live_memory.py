@@ -9,30 +9,10 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from live import SLAB_BYTES, SLABS, fill_and_own, hold
 
 from valve_agent.identity import children_of
 from valve_cli.bench.rig import LiveAgent, LiveTenant, RigError, wait_for
-
-SLABS = 64
-SLAB_BYTES = 2 << 20
-
-
-def hold(tenant: LiveTenant, slabs: int) -> list[int]:
-    tenant.ask("want", slabs=slabs)
-    return list(
-        wait_for(f"{slabs} slabs", lambda: (h := tenant.ask("poll")["held"]) and len(h) >= slabs and h)
-    )
-
-
-def fill_and_own(
-    tenant: LiveTenant, held: list[int], byte: int, requests: int, pinned: list[int]
-) -> dict[int, list[int]]:
-    """Every slab filled, and owned by one of `requests` requests."""
-    tenant.ask("fill", slabs=held, byte=byte)
-    owned = {slot: held[slot::requests] for slot in range(requests)}
-    tokens = {str(slot): 10 * (slot + 1) for slot in owned}
-    tenant.ask("own", owned={str(s): slabs for s, slabs in owned.items()}, tokens=tokens, pinned=pinned)
-    return owned
 
 
 def process_of(agent: LiveAgent, name: str) -> dict[str, Any]:

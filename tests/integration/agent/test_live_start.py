@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import POLICY
+from live import POLICY
 
 from valve_agent.sockets import default_path
 from valve_cli.bench.rig import LiveAgent, wait_for

@@ -4,12 +4,14 @@ nobody has to be restarted."""
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from collections.abc import Callable
 
-from test_compute import cpu_ticks, runs
-from test_memory import SLAB_BYTES, SLABS, fill_and_own, hold
+from live import SLAB_BYTES, SLABS, cpu_ticks, fill_and_own, hold, runs
 
+from valve_agent.identity import children_of
 from valve_cli.bench.rig import LiveAgent, LiveTenant, wait_for
 
 
@@ -66,11 +68,6 @@ def test_a_clean_stop_also_pauses_offline(agent: LiveAgent, start: Callable[...,
 
 def test_the_agent_ends_when_its_gate_is_killed(agent: LiveAgent, start: Callable[..., LiveTenant]) -> None:
     """Without a gate nobody pauses: the agent must not pretend. Offline stops itself."""
-    import os
-    import signal
-
-    from valve_agent.identity import children_of
-
     offline = start("offline", "off")
     offline.ask("spin", threads=1)
     wait_for("offline to run", lambda: runs(offline.pid))

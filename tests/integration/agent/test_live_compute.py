@@ -11,19 +11,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from live import runs
+
 from valve_cli.bench.rig import LiveAgent, LiveTenant, wait_for
-
-
-def cpu_ticks(pid: int) -> int:
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return int(fields[11]) + int(fields[12])
-
-
-def runs(pid: int, for_s: float = 0.3) -> bool:
-    """Whether the process gets CPU time while we watch. A spinning process gets 30 ticks in this time."""
-    before = cpu_ticks(pid)
-    time.sleep(for_s)
-    return cpu_ticks(pid) > before
 
 
 def test_offline_stops_while_online_is_busy(agent: LiveAgent, start: Callable[..., LiveTenant]) -> None:
