@@ -65,7 +65,13 @@ def start(
     """start(role, variant="plain", arguments=(), **environment) -> Victim; ended and checked afterwards."""
     started: list[Victim] = []
 
-    def launch(role: str, variant: str = "plain", arguments: tuple[str, ...] = (), **more: str) -> Victim:
+    def launch(
+        role: str,
+        variant: str = "plain",
+        arguments: tuple[str, ...] = (),
+        stderr: int | None = None,
+        **more: str,
+    ) -> Victim:
         environment = {
             **os.environ,
             **sanitizer_environment(),
@@ -78,7 +84,7 @@ def start(
             environment["LD_PRELOAD"] = str(library)
         else:
             command = unrandomized(command)
-        victim = Victim(command, environment, tmp_path / f"stderr-{len(started)}")
+        victim = Victim(command, environment, tmp_path / f"stderr-{len(started)}", stderr)
         started.append(victim)
         return victim
 

@@ -116,6 +116,25 @@ def test_an_unknown_tenant_is_tried_again(agent: FakeAgent, start: Start, varian
     assert victim.stderr() == ""
 
 
+def test_a_tenant_that_stays_unknown_is_refused(agent: FakeAgent, start: Start) -> None:
+    victim = start("offline")
+    rejections = 0
+    while victim.process.poll() is None:
+        link = agent.accept()
+        try:
+            link.expect(wire.Hello)
+        except wire.ConnectionClosed:
+            break
+        link.send(wire.Reject(code=wire.RejectCode.EIDENTITY, text=b"no tenant: use `valve run`"))
+        link.expect_end()
+        rejections += 1
+        if "refuses" in victim.stderr():
+            break
+    assert victim.process.wait(20) == 78
+    assert rejections > 10
+    assert victim.stderr() == "valve: the agent refuses this offline process: no tenant: use `valve run`\n"
+
+
 def test_online_goes_on_when_refused(agent: FakeAgent, start: Start, variant: str) -> None:
     victim = start("online", variant)
     victim.line()

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Callable
@@ -58,6 +59,26 @@ def test_offline_cannot_be_continued_by_others(agent: FakeAgent, start: Start) -
     for _ in range(3):
         victim.resume()
         victim.wait_stopped()
+
+
+def test_offline_stops_although_nobody_reads_its_stderr(agent: FakeAgent, start: Start) -> None:
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with contextlib.suppress(BlockingIOError):
+        while os.write(writer, bytes(4096)):
+            continue
+    os.set_blocking(writer, True)
+    victim = start("offline", stderr=writer)
+    agent.accept().welcome(OFFLINE)
+    victim.line()
+    agent.close()
+    victim.wait_stopped()
+    agent.listen()
+    agent.accept().welcome(OFFLINE)
+    victim.resume()
+    assert victim.ask("attach 20000") == "attach 1", "its helper does not hang in a message"
+    os.close(reader)
+    os.close(writer)
 
 
 def test_offline_comes_back_with_its_arena(agent: FakeAgent, start: Start, variant: str) -> None:

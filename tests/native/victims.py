@@ -76,11 +76,18 @@ def wait_until(condition: Callable[[], bool], what: str) -> None:
 class Victim:
     """A started victim. `ask` sends a command and returns its answer."""
 
-    def __init__(self, command: list[str], environment: dict[str, str], log: Path) -> None:
+    def __init__(
+        self, command: list[str], environment: dict[str, str], log: Path, stderr: int | None = None
+    ) -> None:
+        """Its stderr goes to `log`, or to the descriptor `stderr`."""
         self.log = log
-        with log.open("wb") as stderr:
+        with log.open("wb") as file:
             self.process = subprocess.Popen(
-                command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr
+                command,
+                env=environment,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=file if stderr is None else stderr,
             )
         self.pid = self.process.pid
         self._pending = b""

@@ -17,13 +17,13 @@
 #define RETRY_NS (100 * VALVE_NS_PER_MS)
 #define REFUSED_RETRY_NS (1000 * VALVE_NS_PER_MS)
 #define WELCOME_NS (2000 * VALVE_NS_PER_MS) /* an agent that does not greet in this time is tried anew */
-#define BOOT_IDENTITY_NS (5000 * VALVE_NS_PER_MS)
+#define UNKNOWN_NS (5000 * VALVE_NS_PER_MS) /* a launcher registers its tenant again within that time */
 
 static struct {
     int in_helper;
     int let_in; /* an agent has let the process in: before that an offline one waits in its constructor */
     int sock, signals, process; /* descriptors; `process` is a pidfd of the process served */
-    uint64_t unlinked_ns;  /* since when there has been no agent that let us in */
+    uint64_t unknown_ns;   /* since when agents have said that they do not know our tenant; 0: they have not */
     uint64_t next_try_ns;  /* LINK_DOWN: when to connect */
     uint64_t linked_ns;    /* since when the link is as it is */
     uint64_t lease_ns;
@@ -50,8 +50,6 @@ static uint32_t link_state(void) { return atomic_load(&valve.link); }
 static void set_link(uint32_t state)
 {
     loop.linked_ns = sys_now_ns();
-    if (link_state() == LINK_UP)
-        loop.unlinked_ns = loop.linked_ns;
     atomic_store(&valve.link, state);
     sys_futex_wake_all(&valve.link);
 }
@@ -61,11 +59,11 @@ static void stop_process(void)
 {
     if (!loop.in_helper || !loop.let_in)
         return;
+    helper_stop_process(loop.process);
     if (!loop.stopped)
         VALVE_SAY("the agent at ", valve.address.sun_path,
                   " is gone; this offline process is stopped until it is back");
     loop.stopped = 1;
-    helper_stop_process(loop.process);
 }
 
 static void drop(const char *why, uint64_t retry_ns)
@@ -96,6 +94,7 @@ static void connect_and_greet(void)
 {
     int sock = link_connect(loop.in_helper);
     if (sock < 0) {
+        loop.unknown_ns = 0;
         loop.next_try_ns = sys_now_ns() + RETRY_NS;
         if (!loop.told_unreachable && !loop.stopped) {
             VALVE_SAY("no agent answers at ", valve.address.sun_path,
@@ -162,6 +161,7 @@ static void on_welcome(struct link_packet *packet)
     if (loop.told_unreachable || loop.told_refused || loop.stopped)
         VALVE_SAY("connected to the agent at ", valve.address.sun_path);
     loop.told_unreachable = loop.told_refused = loop.told_heartbeat = 0;
+    loop.unknown_ns = 0;
     loop.let_in = 1;
     loop.stopped = 0; /* from here on the agent decides who runs */
     set_link(LINK_UP);
@@ -176,7 +176,9 @@ static void on_welcome(struct link_packet *packet)
 static void on_reject(const struct valve_reject *frame)
 {
     VALVE_SET_ERROR(frame->text);
-    int is_late = sys_now_ns() > loop.unlinked_ns + BOOT_IDENTITY_NS;
+    if (loop.unknown_ns == 0)
+        loop.unknown_ns = sys_now_ns();
+    int is_late = sys_now_ns() > loop.unknown_ns + UNKNOWN_NS;
     /* A tenant may be unknown for a moment: an agent that has just restarted hears of
      * it from its launcher, which reconnects too. */
     int is_final = frame->code != VALVE_EIDENTITY || is_late;
@@ -387,7 +389,6 @@ static void turn(void)
 void valve_control_run(int in_helper)
 {
     loop.in_helper = in_helper;
-    loop.unlinked_ns = sys_now_ns();
     if (in_helper)
         loop.process = helper_enter();
     open_signals();

@@ -18,8 +18,11 @@ void valve_say(const char *const *parts)
     char line[640] = "valve: ";
     size_t n = 7 + join(line + 7, sizeof line - 8, parts);
     line[n++] = '\n';
-    /* A full or closed stderr loses the line; there is nobody else to tell. */
-    (void)SYS3(SYS_write, 2, line, n);
+    /* Never wait: a reader of stderr may itself wait for this process.  A full or closed
+     * stderr loses the line; there is nobody else to tell. */
+    struct pollfd room = {2, POLLOUT, 0};
+    if (sys_poll(&room, 1, 0) == 1 && room.revents == POLLOUT)
+        (void)SYS3(SYS_write, 2, line, n);
 }
 
 /* Readers hold a pointer into a buffer that is rewritten four messages later. */
