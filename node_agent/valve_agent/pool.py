@@ -215,12 +215,13 @@ class Pool:
         self.settle()
 
     def on_return(self, holder: Holder, mask: int) -> None:
-        """It remapped these slabs and gives them back. Slabs that it does not hold are left out: a RETURN
-        may cross a RECLAIM of the same slab."""
+        """It remapped these slabs and gives them back, so it wants as many less: a RETURN may come before the
+        lower WANT. Slabs that it does not hold are left out: a RETURN may cross a RECLAIM of the same slab."""
         mask &= holder.held
         if mask:
             self._effects.discard(holder, mask)
             holder.held &= ~mask
+            holder.want = max(0, holder.want - mask.bit_count())
             self._effects.emit("return", level="debug", tenant=holder.name, slabs=mask.bit_count())
             self.settle()
 

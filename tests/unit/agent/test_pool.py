@@ -408,6 +408,18 @@ def test_a_tenants_limit_spans_its_processes() -> None:
     assert [one.count for one in holders] == [8, 2]
 
 
+def test_a_return_lowers_the_want_with_it() -> None:
+    """Else what comes back would be granted again before the lower WANT arrives."""
+    world = World()
+    pool = make(world)
+    online = holder(1, Role.ONLINE)
+    pool.attach(online)
+    pool.on_want(online, 10)
+    pool.on_return(online, 0b1111)
+    assert online.count == 6
+    assert online.want == 6
+
+
 def test_a_return_may_cross_a_reclaim() -> None:
     world = World()
     pool, offline, online = loaded(world)
