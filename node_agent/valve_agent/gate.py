@@ -9,8 +9,9 @@ processes; its timeout is the policy's deadline or the next heartbeat. A ring is
 pages, ask the policy, pause; only then are events sent, counters kept, pages and holds answered.
 
 It fails closed. A process that is not confirmed within one `pause` is tried again every millisecond and
-killed after `kill_after_ns`, with an event that says why. When main is gone (end of file on the control
-socket) or the gate itself fails, every target is paused before it exits: nobody would be left to do it.
+killed after `kill_after_ns`, with an event that says why; so is one that somebody continues again and
+again. When main is gone (end of file on the control socket) or the gate itself fails, every target is paused
+before it exits: nobody would be left to do it.
 
 Threading model: one thread, one process per device; nothing in it blocks but epoll and `pause` (at most
 20 ms). Started by gate_link.GateHandle, which also speaks the other end of its sockets. Messages are
@@ -19,7 +20,6 @@ marshalled tuples between two copies of one interpreter, never data from a tenan
 
 from __future__ import annotations
 
-import gc
 import marshal
 import os
 import select
@@ -31,9 +31,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from valve_agent.devices.base import ComputeControl, DeviceMissing, PauseTimeout, TargetRefused
-from valve_agent.devices.cpu.compute import SHORT_SLICE_NS, CpuCompute
-from valve_agent.devices.cpu.kernel import lock_memory, set_slice, set_timer_slack
+from valve_agent.devices.base import ComputeControl, PauseTimeout, TargetRefused
 from valve_agent.gate_stats import StatsWriter
 from valve_agent.gate_targets import Targets
 from valve_agent.policy.gate import Action, GatePolicy
@@ -41,6 +39,9 @@ from valve_agent.shared import Gate as GateState
 from valve_agent.shared import Page, SharedMemoryError
 
 RETRY_NS = 1_000_000
+STRIKES_MAX = 5
+"""Heartbeats of one pause that may find a paused process running before it is killed. One or two are somebody
+at a shell; more are a process that evades the gate."""
 EVENTS_QUEUED = 65_536
 MESSAGE_BYTES = 65_536
 _LATENCY_MAX_NS = 60_000_000_000  # a busy_since_ns older than this is no clock of ours
@@ -124,6 +125,7 @@ class Gate:
         self._waiting_holds: list[tuple[int, int]] = []
         self._beat_every_ns = settings.lease_ns // 4
         self._beat_ns = now
+        self._strikes: dict[Any, int] = {}  # of the pause in force
         self._outbox: deque[bytes] = deque()
         self._done = False
         self._epoll = select.epoll()
@@ -134,29 +136,41 @@ class Gate:
     # -- the loop --------------------------------------------------------------------------
 
     def run(self) -> None:
-        poll = self._epoll.poll
+        """Until main is gone; then, and if anything fails, every target is paused."""
+        turn = self.turn
         try:
             while not self._done:
-                ready = poll(self._timeout_s(), 16)
-                now = self._wake_ns = _clock()
-                fds = [fd for fd, _ in ready]
-                if self._doorbell_fd in fds:
-                    self._drain_doorbell()
-                    self._look()
-                for fd in fds:
-                    if fd == self._doorbell_fd:
-                        continue
-                    if fd == self._control.fileno():
-                        self._on_control()
-                    elif fd == self._hold_socket.fileno():
-                        self._on_hold()
-                    else:
-                        self._drop_dead(fd)
-                self._periodic(now)
-                if self._outbox:
-                    self._flush()
+                turn()
         finally:
             self._fail_closed()
+
+    def turn(self) -> None:
+        """Wait for something and handle it: a ring first."""
+        ready = self._epoll.poll(self._timeout_s(), 16)
+        now = self._wake_ns = _clock()
+        fds = [fd for fd, _ in ready]
+        if self._doorbell_fd in fds:
+            self._drain_doorbell()
+            self._look()
+            fds.remove(self._doorbell_fd)
+        for fd in fds:
+            if fd == self._control.fileno():
+                self._on_control()
+            elif fd == self._hold_socket.fileno():
+                self._on_hold()
+            else:
+                self._drop_dead(fd)
+        self._periodic(now)
+        if self._outbox:
+            self._flush()
+
+    def close(self) -> None:
+        """Give back what this object opened; the process ends anyway, tests do not."""
+        for target in list(self._targets.all):
+            self._targets.forget(target)
+        for page in self._pages.values():
+            page.close()
+        self._epoll.close()
 
     def _timeout_s(self) -> float:
         until = self._beat_ns + self._beat_every_ns
@@ -281,6 +295,7 @@ class Gate:
     def _resume(self) -> None:
         self._evicted = False
         self._unconfirmed_ns = 0
+        self._strikes.clear()
         self._compute.resume(self._targets.runnable)
         now = _clock()
         self._beat(now)
@@ -310,15 +325,18 @@ class Gate:
         self._confirmed(_clock())
 
     def _kill_unpausable(self, now: int) -> None:
+        waited_ms = (now - self._unconfirmed_ns) / 1e6
         for target in self._compute.running(self._targets.all):
-            why = (
-                f"process {target.pid} could not be paused for "
-                f"{(now - self._unconfirmed_ns) / 1e6:.0f} ms, so it was killed: an offline process that "
-                "Valve cannot pause must not share the device"
-            )
-            signal.pidfd_send_signal(target.pidfd, signal.SIGKILL)
-            self._stats.count("kills")
-            self._emit("kill", now, pid=target.pid, why=why)
+            self._kill(target, f"could not be paused for {waited_ms:.0f} ms")
+
+    def _kill(self, target: Any, why: str) -> None:
+        signal.pidfd_send_signal(target.pidfd, signal.SIGKILL)
+        self._stats.count("kills")
+        sentence = (
+            f"process {target.pid} {why}, so it was killed: an offline process that Valve cannot pause must "
+            "not share the device"
+        )
+        self._emit("kill", _clock(), pid=target.pid, why=sentence)
 
     def _recheck(self, targets: Sequence[Any]) -> None:
         """Stop again what somebody else continued."""
@@ -330,6 +348,10 @@ class Gate:
         self._stats.count("violations", len(running))
         self._pause_some(running, "violation")
         self._emit("violation", _clock(), pids=[target.pid for target in running])
+        for target in running:
+            self._strikes[target] = self._strikes.get(target, 0) + 1
+            if self._strikes[target] >= STRIKES_MAX:
+                self._kill(target, f"was continued by somebody {STRIKES_MAX} times while offline was paused")
 
     def _pause_some(self, targets: Sequence[Any], reason: str) -> None:
         """Pause targets that should be paused already. If the gate is open (they are lost ones) and it does
@@ -473,32 +495,3 @@ class Gate:
             return  # main's buffer is full: the next turn goes on
         except (BrokenPipeError, ConnectionResetError):
             self._done = True
-
-
-def main(arguments: list[str]) -> None:
-    """Entry of the gate process: device, five descriptors, the settings; see gate_link.GateHandle."""
-    device, *rest = arguments
-    control_fd, holds_fd, events_fd, doorbell_fd, stats_fd = (int(word) for word in rest[:5])
-    numbers = [float(rest[5]), *(int(word) for word in rest[6:])]
-    settings = GateSettings._make(numbers)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is for main, which then ends us
-    if device != "cpu":
-        raise DeviceMissing(f"there is no device {device!r}; this version of the agent knows `cpu`")
-    set_timer_slack(1)
-    set_slice(0, SHORT_SLICE_NS)  # a woken gate runs at once, not after the turn of what computes here
-    events = socket.socket(fileno=events_fd)
-    events.setblocking(False)
-    gate = Gate(
-        CpuCompute(),
-        settings,
-        socket.socket(fileno=control_fd),
-        socket.socket(fileno=holds_fd),
-        events,
-        doorbell_fd,
-        StatsWriter(stats_fd),
-    )
-    gc.collect()
-    gc.disable()
-    gc.freeze()
-    lock_memory()
-    gate.run()

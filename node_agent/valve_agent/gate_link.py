@@ -34,7 +34,9 @@ from valve_agent.gate_stats import GateStats, StatsReader
 
 __all__ = ["GateDied", "GateError", "GateHandle", "GateSettings", "GateStats", "HoldResult", "HoldTimeout"]
 
-_BOOT = "import sys; sys.path.insert(0, sys.argv[1]); from valve_agent.gate import main; main(sys.argv[2:])"
+_BOOT = (
+    "import sys; sys.path.insert(0, sys.argv[1]); from valve_agent.gate_main import main; main(sys.argv[2:])"
+)
 _ANSWER_TIMEOUT_S = 10.0
 _EVENTS_BUFFER_BYTES = 1 << 20
 

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Entry of the gate process: makes the process lean and quick, then runs the loop.
+
+Why it exists: apart from gate.py, which tests run inside their own process. Started by
+gate_link.GateHandle with its descriptors and settings as arguments; it reads no environment.
+
+Threading model: the process has one thread.
+"""
+
+from __future__ import annotations
+
+import gc
+import signal
+import socket
+
+from valve_agent.devices.base import DeviceMissing
+from valve_agent.devices.cpu.compute import SHORT_SLICE_NS, CpuCompute
+from valve_agent.devices.cpu.kernel import lock_memory, set_slice, set_timer_slack
+from valve_agent.gate import Gate, GateSettings
+from valve_agent.gate_stats import StatsWriter
+
+
+def main(arguments: list[str]) -> None:
+    """Entry of the gate process: device, five descriptors, the settings; see gate_link.GateHandle."""
+    device, *rest = arguments
+    control_fd, holds_fd, events_fd, doorbell_fd, stats_fd = (int(word) for word in rest[:5])
+    numbers = [float(rest[5]), *(int(word) for word in rest[6:])]
+    settings = GateSettings._make(numbers)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # sent to the whole group: main ends, and then we do
+    if device != "cpu":
+        raise DeviceMissing(f"there is no device {device!r}; this version of the agent knows `cpu`")
+    set_timer_slack(1)
+    set_slice(0, SHORT_SLICE_NS)  # a woken gate runs at once, not after the turn of what computes here
+    events = socket.socket(fileno=events_fd)
+    events.setblocking(False)
+    gate = Gate(
+        CpuCompute(),
+        settings,
+        socket.socket(fileno=control_fd),
+        socket.socket(fileno=holds_fd),
+        events,
+        doorbell_fd,
+        StatsWriter(stats_fd),
+    )
+    gc.collect()
+    gc.disable()
+    gc.freeze()
+    lock_memory()
+    gate.run()
