@@ -313,13 +313,13 @@ static CUresult import_locked(CUhandle *handle, int fd)
         status = rm_control(cuda.client, CTRL_IMPORT_OBJECT_FROM_FD, &p, sizeof p);
     if (status)
         return CUDA_ERROR_INVALID_VALUE;
-    struct fakenv_size size = {cuda.client, p.object.object, 0};
+    struct fakenv_size size = {.client = cuda.client, .object = p.object.object};
     rm_ioctl(cuda.ctl_fd, _IOWR('F', FAKENV_ESC_SIZE, struct fakenv_size), &size);
     CUhandle h = calloc(1, sizeof *h);
     if (!h)
         abort();
     *h = (struct handle){.memory = p.object.object, .bytes = size.bytes, .refs = 1,
-                         .prop = {.type = PINNED, .handle_types = POSIX_FD, .location = {DEVICE_LOCATION, 0}}};
+                         .prop = {.type = PINNED, .handle_types = POSIX_FD, .location = {DEVICE_LOCATION, (int)size.gpu}}};
     *handle = h;
     return CUDA_SUCCESS;
 }

@@ -181,7 +181,7 @@ const char *filter_unavailable(void);
 void knobs_execute(const char *line, char *answer, size_t bytes);
 /* NV_OK, or the status that a rule demands; sleeps first when a rule says so. */
 uint32_t knobs_rule(bool alloc, uint32_t number);
-/* Whether a rule would delay this call. Takes no lock: a stale answer only costs a thread. */
+/* Whether any rule delays calls. Takes no lock: a stale answer only costs a thread. */
 bool knobs_slow(void);
 
 #endif

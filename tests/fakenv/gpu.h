@@ -69,7 +69,7 @@ struct engine_answer { int32_t error; };
 
 /* Private ioctls ('F', numbers no real driver uses). */
 enum { FAKENV_ESC_ATTACH = 0xf0, FAKENV_ESC_QUERY = 0xf1, FAKENV_ESC_SIZE = 0xf2 };
-struct fakenv_size { uint32_t client, object; uint64_t bytes; }; /* 0: no such memory */
+struct fakenv_size { uint32_t client, object, gpu, pad; uint64_t bytes; }; /* 0 bytes: no such memory */
 struct fakenv_attach { /* on the UVM file; fills in the two descriptors */
     int32_t shared_fd, command_fd;
     uint32_t status, pad;

@@ -26,12 +26,19 @@ static void put(struct text *t, const char *format, ...)
     t->left -= used;
 }
 
+static _Atomic bool slow;
+
 bool knobs_slow(void)
 {
+    return slow;
+}
+
+static void rules_changed(void)
+{
+    bool any = false;
     for (int i = 0; i < RULES; i++)
-        if (machine.rules[i].left && machine.rules[i].delay_us)
-            return true;
-    return false;
+        any |= machine.rules[i].left && machine.rules[i].delay_us;
+    slow = any;
 }
 
 uint32_t knobs_rule(bool alloc, uint32_t number)
@@ -48,6 +55,7 @@ uint32_t knobs_rule(bool alloc, uint32_t number)
         else
             status = r->status;
     }
+    rules_changed();
     return status;
 }
 
@@ -101,6 +109,7 @@ static bool add_rule(const char *what, const char *number, uint32_t denied_with,
             machine.rules[i] = (struct rule){
                 .number = (uint32_t)strtoul(number, NULL, 0), .alloc = alloc, .status = denied_with,
                 .delay_us = delay_us, .left = times ? (uint32_t)strtoul(times, NULL, 0) : UINT32_MAX};
+            rules_changed();
             return true;
         }
     return false;
@@ -138,6 +147,7 @@ static bool execute(char **word, unsigned words)
         return add_rule(word[1], word[2], 0, (uint32_t)strtoul(word[3], NULL, 0), words > 4 ? word[4] : NULL);
     if (strcmp(word[0], "clear") == 0) {
         memset(machine.rules, 0, sizeof machine.rules);
+        rules_changed();
         return true;
     }
     if (strcmp(word[0], "evict") == 0 && words == 2 && (choice = index_of(word[1], evicts)) >= 0) {

@@ -194,6 +194,7 @@ static void memory_size(struct fakenv_size *p)
     struct client *client = client_find(p->client);
     struct object *o = client ? object_find(client, p->object) : NULL;
     p->bytes = o && o->kind == OBJ_MEMORY ? o->memory->bytes : 0;
+    p->gpu = o ? o->gpu : 0;
 }
 
 static int check_version(struct nv_version *v)

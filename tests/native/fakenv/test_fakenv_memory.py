@@ -47,7 +47,7 @@ def test_a_touch_by_the_processor(victim: Actor, prepare: str, works: bool) -> N
         + """
 child = os.fork()
 if child == 0:
-    ctypes.c_uint32.from_address(base).value = 1
+    ctypes.c_uint32.from_address(base).value  # a read: read-only zeros would not do
     os._exit(0)
 result = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 """
