@@ -43,6 +43,8 @@ def engine_environment(settings: Settings, base: dict[str, str]) -> dict[str, st
         "OMP_NUM_THREADS": str(settings.flags.threads),
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # its automatic binding would leave one of two cores out
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VALVE_KV_FLOOR_BLOCKS": str(settings.flags.online_floor_blocks),
+        "VALVE_KV_IDLE_RETURN_S": str(settings.flags.online_idle_return_s),
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONUNBUFFERED": "1",
     }
@@ -145,6 +147,7 @@ class OfflineEngine:
             f"--max-num-batched-tokens={max(flags.batched_tokens, settings.offline.sequences)}",
             f"--block-size={flags.block_size}",
             f"--kv-bytes={kv_bytes}",
+            "--prefix-caching",
         ]
         log = settings.logs / f"offline-{tag}.log"
         return cls(await Child.start("the offline engine", command, log, env, stdin=True), report)

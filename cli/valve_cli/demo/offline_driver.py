@@ -208,7 +208,7 @@ def build(args: argparse.Namespace, reporter: Reporter) -> Batch:
             max_num_seqs=args.max_num_seqs,
             max_num_batched_tokens=args.max_num_batched_tokens,
             kv_cache_memory_bytes=args.kv_bytes,
-            enable_prefix_caching=False,
+            enable_prefix_caching=args.prefix_caching,
             enforce_eager=True,
             block_size=args.block_size,
             seed=0,
@@ -249,6 +249,7 @@ def main() -> int:
     parser.add_argument("--max-num-seqs", type=int, default=32)
     parser.add_argument("--max-num-batched-tokens", type=int, default=512)
     parser.add_argument("--block-size", type=int, default=32)
+    parser.add_argument("--prefix-caching", action="store_true")
     parser.add_argument("--kv-bytes", type=int, required=True, help="KV cache size in bytes")
     args = parser.parse_args()
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine core runs in this process

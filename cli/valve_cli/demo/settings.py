@@ -26,9 +26,9 @@ class OfflineLoad:
     always in use.  Prompt and output lengths (tokens) vary evenly between their bounds.
     """
 
-    prompts: int = 192
-    sequences: int = 160
-    prompt_tokens: tuple[int, int] = (96, 256)
+    prompts: int = 320
+    sequences: int = 300
+    prompt_tokens: tuple[int, int] = (48, 112)
     output_tokens: tuple[int, int] = (32, 96)
     exclusive_s: float = 45.0
     """Shortest measured time of the exclusive phase; it lasts until every prompt has its reference."""
@@ -53,8 +53,9 @@ class OfflineLoad:
 
 @dataclass(frozen=True)
 class EngineFlags:
-    """vLLM flags, the same in every phase.  Prefix caching is off in both engines: the demo's
-    prompts share passages, and hits would not be what the trace's users would have had."""
+    """vLLM flags, the same in every phase.  Prefix caching: off online, where hits on the demo's
+    text would not be what the trace's users had; on offline, so that a request that was preempted
+    finds the blocks it has not lost."""
 
     online_dtype: str = "bfloat16"
     offline_dtype: str = "float32"
@@ -63,6 +64,10 @@ class EngineFlags:
     batched_tokens: int = 512
     block_size: int = 32
     threads: int = 2
+    online_floor_blocks: int = 8
+    """KV blocks the online engine keeps when it is idle (Valve phase; 5.6 MiB in bfloat16)."""
+    online_idle_return_s: float = 1.0
+    """How long it keeps what it no longer needs (Valve phase)."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +87,7 @@ class Settings:
     phases: tuple[str, ...] = PHASES
     scaling: Scaling = field(
         default_factory=lambda: Scaling(
-            time=4.5, context=0.5, output=0.125, context_min=64, context_max=1536, output_min=8, output_max=64
+            time=6.0, context=0.12, output=0.16, context_min=48, context_max=512, output_min=8, output_max=96
         )
     )
     offline: OfflineLoad = field(default_factory=OfflineLoad)

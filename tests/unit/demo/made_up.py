@@ -66,7 +66,12 @@ def timeline(begin: int, made: list[Request]) -> Timeline:
         if need > 6:
             line.reclaims.append(
                 Reclaim(
-                    request.sent_ns + 900_000, need, need << 21, (need - 1) << 21, 1 + need // 4, 900 + need * 60
+                    request.sent_ns + 900_000,
+                    need,
+                    need << 21,
+                    (need - 1) << 21,
+                    1 + need // 4,
+                    900 + need * 60,
                 )
             )
         held = min(120, held + need) if need > 6 else max(20, held - 15)
