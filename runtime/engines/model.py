@@ -70,7 +70,10 @@ def convert(gguf: Path, folder: Path) -> None:
     """Write weights (bfloat16), configuration, tokenizer and chat template."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     where = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.bfloat16)
     # The weights are plain by now; what says that they were packed cannot be written and must not be.

@@ -14,8 +14,10 @@ any thread. Time is an argument (seconds of ``time.monotonic()``). No engine is 
 
 from __future__ import annotations
 
+import logging
 import math
 import threading
+import time
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -23,10 +25,13 @@ from typing import Protocol
 
 from valve_runtime.geometry import Geometry
 
+logger = logging.getLogger("valve")
+
 GRANTED = 1  # enum valve_event_kind
 LOST = 2
 
 REQUESTS_MAX = 1024  # VALVE_REQUESTS_MAX
+COUNT_REQUESTS, COUNT_TOKENS, COUNT_RECOMPUTED, COUNT_LOST_BLOCKS, COUNT_RECOMPUTED_TOKENS = range(5)
 
 
 class RuntimeFault(Exception):
@@ -225,6 +230,32 @@ class Demand:
         if lower:
             self._link.want(target, False)
         return min(self._settings.return_slabs, max(0, len(self._pool.held) - target))
+
+
+def drain_events(link: Link) -> list[tuple[int, int]]:
+    """Everything that happened to the arena since the last call."""
+    events = []
+    while (event := link.poll()) is not None:
+        events.append(event)
+    return events
+
+
+def await_pinned(link: Link, pool: ElasticPool, settings: DemandSettings) -> None:
+    """Wait until the pinned blocks are real: before the engine's first step. Offline waits for memory
+    as long as it takes (it has nothing better to do); online is granted at once or not at all.
+    Raises ArenaRefused."""
+    demand = Demand(link, pool, settings)
+    started = said = time.monotonic()
+    while not pool.pinned_slabs <= pool.held:
+        now = time.monotonic()
+        demand.raise_to(1, now, urgent=settings.urgent)
+        pool.apply(drain_events(link))
+        if settings.urgent and now - started > 10:
+            raise ArenaRefused("the agent granted no memory within 10 s; is the device full?")
+        if now - said > 10:
+            said = now
+            logger.warning("valve: waiting for the first slabs of device memory")
+        time.sleep(0.001)
 
 
 class DecodeGap:

@@ -31,8 +31,8 @@ from typing import Any
 
 from valve_runtime import _lib
 from valve_runtime.activity import Activity
-from valve_runtime.elastic import ArenaRefused, DemandSettings
-from valve_runtime.vllm_kv import COUNT_REQUESTS, COUNT_TOKENS, Backing, KvTenant
+from valve_runtime.elastic import COUNT_REQUESTS, COUNT_TOKENS, ArenaRefused, DemandSettings
+from valve_runtime.vllm_kv import Backing, KvTenant
 
 logger = logging.getLogger("valve.vllm")
 

@@ -17,7 +17,6 @@ owners were preempted waits in ``limbo`` and is withdrawn when its last referenc
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import time
 from collections.abc import Callable, Iterable
@@ -25,15 +24,19 @@ from typing import TYPE_CHECKING, Any
 
 from valve_runtime import geometry as geo
 from valve_runtime.elastic import (
-    ArenaRefused,
+    COUNT_LOST_BLOCKS,
+    COUNT_RECOMPUTED,
+    COUNT_RECOMPUTED_TOKENS,
     DecodeGap,
     Demand,
     DemandSettings,
     ElasticPool,
-    EngineUnsupported,
     Ledger,
     Link,
+    await_pinned,
+    drain_events,
 )
+from valve_runtime.torch_arena import on_arena
 
 if TYPE_CHECKING:
     from valve_runtime._lib import Arena
@@ -41,7 +44,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger("valve.vllm")
 
 NULL_BLOCK = 0
-COUNT_REQUESTS, COUNT_TOKENS, COUNT_RECOMPUTED, COUNT_LOST_BLOCKS, COUNT_RECOMPUTED_TOKENS = range(5)
 
 
 class Backing:
@@ -61,40 +63,10 @@ class Backing:
         self, original: Callable[..., dict[str, Any]], config: Any, *args: Any, **kwargs: Any
     ) -> Any:
         """``allocate_kv_cache`` with its buffer on the arena; waits for the null block's slabs."""
-        import torch
-        from torch.overrides import TorchFunctionMode
-
-        size = config.kv_cache_tensors[0].size
-        if size > self.nbytes:
-            raise EngineUnsupported(
-                f"the KV cache of {size} bytes does not fit the arena of {self.nbytes} bytes; "
-                "give the tenant more device memory or lower --max-model-len"
-            )
-        memory = (ctypes.c_char * size).from_address(self.arena.base)
-        tensor = torch.frombuffer(memory, dtype=torch.int8)
-        taken = 0
-
-        class OnArena(TorchFunctionMode):  # type: ignore[misc]
-            """Answers the one ``torch.zeros(size, int8)`` that makes the backing buffer. The arena
-            reads as zeros where it is fresh and is never zeroed here: most of it is not granted."""
-
-            def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-                nonlocal taken
-                kwargs = kwargs or {}
-                if func is torch.zeros and args[:1] == (size,) and kwargs.get("dtype") is torch.int8:
-                    taken += 1
-                    return tensor
-                return func(*args, **kwargs)
-
-        with OnArena():
+        with on_arena(self.arena, config.kv_cache_tensors[0].size):
             caches = original(config, *args, **kwargs)
-        if taken != 1:
-            raise EngineUnsupported(
-                f"allocate_kv_cache made {taken} backing buffers where 1 was expected: this vLLM lays "
-                "its KV cache out in a way Valve does not know; use a supported version"
-            )
         self.pool = self._pool(config, caches)
-        self._await_pinned()
+        await_pinned(self.link, self.pool, self.settings)
         return caches
 
     def _pool(self, config: Any, caches: dict[str, Any]) -> ElasticPool:
@@ -112,30 +84,6 @@ class Backing:
                 "taken as a whole (a block-outermost layout such as BLHNC avoids this)"
             )
         return ElasticPool(blocks, pinned=(NULL_BLOCK,))
-
-    def _await_pinned(self) -> None:
-        """The null block must be real before the first step. Offline waits for memory as long
-        as it takes (it has nothing better to do); online is granted at once or not at all."""
-        assert self.pool is not None
-        demand = Demand(self.link, self.pool, self.settings)
-        started = said = time.monotonic()
-        while not self.pool.pinned_slabs <= self.pool.held:
-            now = time.monotonic()
-            demand.raise_to(1, now, urgent=self.settings.urgent)
-            self.pool.apply(drain_events(self.link))
-            if self.settings.urgent and now - started > 10:
-                raise ArenaRefused("the agent granted no memory within 10 s; is the device full?")
-            if now - said > 10:
-                said = now
-                logger.warning("valve: waiting for the first slab of device memory")
-            time.sleep(0.001)
-
-
-def drain_events(link: Link) -> list[tuple[int, int]]:
-    events = []
-    while (event := link.poll()) is not None:
-        events.append(event)
-    return events
 
 
 class KvTenant:

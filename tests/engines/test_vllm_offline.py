@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from engine_process import Engine, environment, generate_disturbed, reclaims_in_use, valve_run
+
 from valve_cli.bench.rig import LiveAgent, LiveTenant
 
 DRIVER = Path(__file__).with_name("vllm_offline.py")

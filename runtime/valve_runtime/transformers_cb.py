@@ -1,0 +1,317 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The adapter for transformers' continuous batching: call ``install()`` before the manager is made.
+
+transformers has no plugin entry points, so the program that serves with it says so in one line. The
+duties are those of every engine plugin: busy and idle, the KV cache in the arena, and "these blocks
+are gone". The cache of transformers 5.19 is one tensor of *sectors*; with full attention only (the
+case supported here) a sector is one KV block of all layers in one piece, and the first two are
+never handed out (read trash and write trash).
+
+Threading: the manager's generation thread, except ``add_request`` (any thread).
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+from valve_runtime import _lib
+from valve_runtime import geometry as geo
+from valve_runtime.activity import Activity
+from valve_runtime.elastic import (
+    COUNT_LOST_BLOCKS,
+    COUNT_RECOMPUTED,
+    COUNT_RECOMPUTED_TOKENS,
+    COUNT_REQUESTS,
+    COUNT_TOKENS,
+    DecodeGap,
+    Demand,
+    DemandSettings,
+    ElasticPool,
+    EngineUnsupported,
+    Ledger,
+    await_pinned,
+    drain_events,
+)
+from valve_runtime.torch_arena import on_arena
+
+logger = logging.getLogger("valve.transformers")
+
+TRASH = (0, 1)
+VERSIONS = ((5, 19),)
+
+
+def install() -> bool:
+    """Make continuous batching in this process a tenant. False if the process is none.
+
+    Raises EngineUnsupported if this transformers is not one whose insides are known.
+    """
+    if not os.environ.get("VALVE_SOCKET"):
+        return False
+    valve = _lib.load()
+    if valve.role() == _lib.ROLE_NONE:
+        return False
+    import transformers
+
+    version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+    if version not in VERSIONS:
+        known = ", ".join(f"{a}.{b}" for a, b in VERSIONS)
+        raise EngineUnsupported(
+            f"transformers {transformers.__version__}: continuous batching changes its insides between minor "
+            f"versions, and Valve knows {known}; install one of these"
+        )
+    online = valve.role() == _lib.ROLE_ONLINE
+    settings = DemandSettings(
+        urgent=online, idle_return_s=float(os.environ.get("VALVE_KV_IDLE_RETURN_S", "1.0"))
+    )
+    _hook(Adapter(valve, settings))
+    return True
+
+
+def _hook(adapter: Adapter) -> None:
+    from transformers.generation.continuous_batching.cache import PagedAttentionCache
+    from transformers.generation.continuous_batching.continuous_api import (
+        ContinuousBatchingManager,
+        ContinuousBatchProcessor,
+    )
+
+    def replace(owner: Any, name: str, method: Callable[..., Any]) -> None:
+        original = getattr(owner, name)
+
+        @functools.wraps(original)
+        def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
+            return method(original, self, *args, **kwargs)
+
+        setattr(owner, name, wrapped)
+
+    replace(PagedAttentionCache, "__init__", adapter.make_cache)
+    replace(ContinuousBatchingManager, "add_request", adapter.add_request)
+    replace(ContinuousBatchProcessor, "__init__", adapter.make_processor)
+    replace(ContinuousBatchProcessor, "prepare_next_batch", adapter.prepare_next_batch)
+    replace(ContinuousBatchProcessor, "update_batch", adapter.update_batch)
+
+
+class Adapter:
+    """Valve in one process with one continuous-batching manager."""
+
+    def __init__(self, valve: Any, settings: DemandSettings) -> None:
+        self._valve = valve
+        self._settings = settings
+        self._activity = Activity(valve)
+        self._gap = DecodeGap()
+        self._adding = 0
+        self._pool: ElasticPool | None = None
+        self._tenant: CacheTenant | None = None
+
+    def make_cache(
+        self, original: Callable[..., None], cache: Any, config: Any, batching: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        """The cache's one tensor on the arena, as large as the tenant's limit."""
+        from transformers.generation.continuous_batching.cache import FullAttentionCacheAllocator
+        from transformers.generation.continuous_batching.utils import find_head_dim, find_num_key_value_heads
+
+        dtype = kwargs["dtype"]
+        arena = self._valve.arena_open(0, 10_000)
+        block_bytes = config.num_hidden_layers * FullAttentionCacheAllocator.get_bytes_per_page(
+            find_num_key_value_heads(config), find_head_dim(config), dtype, batching.page_size
+        )
+        batching.num_blocks = arena.nbytes // block_bytes - len(TRASH)
+        with on_arena(arena):
+            original(cache, config, batching, *args, **kwargs)
+        allocators = list(cache.cache_allocators.values())
+        if len(allocators) != 1 or allocators[0].blocks_per_sector != 1:
+            raise EngineUnsupported(
+                "this model mixes kinds of attention: Valve supports full attention only in transformers' "
+                "continuous batching; run it under vLLM"
+            )
+        region = geo.Region(0, 1, 0, cache.bytes_per_sector, cache.bytes_per_sector)
+        blocks = geo.build([region], cache.num_sectors + len(TRASH), arena.slab_bytes, arena.slabs)
+        self._pool = ElasticPool(blocks, pinned=TRASH)
+        await_pinned(self._valve, self._pool, self._settings)
+
+    def make_processor(
+        self, original: Callable[..., None], processor: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        original(processor, *args, **kwargs)
+        assert self._pool is not None
+        self._tenant = CacheTenant(self._valve, self._pool, self._settings, processor)
+
+    def add_request(self, original: Callable[..., Any], manager: Any, *args: Any, **kwargs: Any) -> Any:
+        self._adding += 1
+        entry = f"{self._adding}"
+        self._activity.enter(entry)
+        self._valve.count(COUNT_REQUESTS, 1)
+        try:
+            return original(manager, *args, **kwargs)
+        finally:
+            self._activity.entered(entry)
+
+    def prepare_next_batch(self, original: Callable[..., bool], processor: Any) -> bool:
+        tenant = self._tenant
+        assert tenant is not None
+        tenant.drain()
+        tenant.ask()
+        prepared = original(processor)
+        tenant.publish()
+        if not prepared:
+            self._settle(processor)
+        return prepared
+
+    def update_batch(self, original: Callable[..., None], processor: Any) -> None:
+        tenant = self._tenant
+        assert tenant is not None
+        tenant.drain()
+        original(processor)
+        self._valve.count(COUNT_TOKENS, tenant.accepted)
+        self._gap.iteration(time.monotonic())
+        self._settle(processor)
+
+    def _settle(self, processor: Any) -> None:
+        def present() -> int:
+            scheduler = processor.scheduler
+            queued = int(processor.input_queue.qsize())
+            return len(scheduler.active_requests) + len(scheduler.waiting_requests) + queued
+
+        if self._activity.settle(present, self._gap.longest_ns(time.monotonic())):
+            self._gap.rest()
+
+
+class CacheTenant:
+    """Keeps the cache's free sectors true to what is granted. Block and sector numbers are the same."""
+
+    def __init__(self, valve: Any, pool: ElasticPool, settings: DemandSettings, processor: Any) -> None:
+        self._valve = valve
+        self._pool = pool
+        self._scheduler: Any = processor.scheduler
+        self._cache: Any = processor.cache
+        (self._allocator,) = processor.cache.cache_allocators.values()
+        self._settings = settings
+        self._demand = Demand(valve, pool, settings)
+        self._ledger = Ledger(valve, pool)
+        self._withdrawn: set[int] = set()
+        self._dropped: set[int] = set()  # id() of request states whose output must not be believed
+        self._asked_at = 0.0
+        self.accepted = 0
+        self._scheduler.safety_margin = 0.0  # a share of the whole cache, most of which may be away
+        self._hook_instances(processor)
+        self._withdraw(b for b in range(pool.geometry.blocks) if not pool.is_usable(b))
+
+    def _hook_instances(self, processor: Any) -> None:
+        schedule, io = self._scheduler.schedule_batch, processor.inputs_and_outputs
+        update = io.prepare_batch_update
+
+        def schedule_batch(*args: Any, **kwargs: Any) -> Any:
+            batch = schedule(*args, **kwargs)
+            if batch[0] is None and self._withdrawn and len(self._scheduler.active_requests) <= 1:
+                # Nothing fits and nothing can be put aside: wait for memory instead of failing.
+                self._scheduler.block_new_requests = False
+                return [], *batch[1:]
+            return batch
+
+        def prepare_batch_update() -> Any:
+            requests, tokens, logprobs = update()
+            return self._believed(requests, tokens, logprobs)
+
+        self._scheduler.schedule_batch = schedule_batch
+        io.prepare_batch_update = prepare_batch_update
+
+    def _believed(self, requests: Any, tokens: Any, logprobs: Any) -> Any:
+        """A step's outputs without those of requests that lost blocks during the step."""
+        kept, kept_tokens, kept_logprobs, at = [], [], [], 0
+        for future in requests:
+            believed = id(future.state) not in self._dropped
+            if future.has_new_token:
+                if believed:
+                    kept_tokens.append(tokens[at])
+                    if logprobs is not None:
+                        kept_logprobs.append(logprobs[at])
+                at += 1
+            if believed:
+                kept.append(future)
+        self._dropped.clear()
+        self.accepted = len(kept_tokens)
+        return kept, kept_tokens, kept_logprobs if logprobs is not None else None
+
+    def drain(self) -> None:
+        """Bring the cache up to date. Before scheduling, and before outputs are believed."""
+        change = self._pool.apply(drain_events(self._valve))
+        if change.lost:
+            self._lose(change.lost)
+            self._withdraw(change.lost - change.gained)
+        back = sorted(change.gained & self._withdrawn, reverse=True)
+        self._withdrawn.difference_update(back)
+        self._cache.pool.free_sectors.extend(back)  # handed out from the end: low numbers first
+
+    def _lose(self, lost: set[int]) -> None:
+        ledger, scheduler = self._allocator.ledger, self._scheduler
+        for block in lost:
+            block_hash = ledger.block_to_hash.pop(block, None)
+            if block_hash is not None:
+                ledger.hash_to_block.pop(block_hash, None)
+            if block in ledger.cached_blocks:
+                del ledger.cached_blocks[block]
+                self._cache.pool.free_blocks(self._allocator.index, [block])
+        table = self._allocator.block_table
+        owners = [(s, set(table.get(s.request_id, ()))) for s in scheduler.active_requests.values()]
+        victims = [state for state, blocks in owners if not lost.isdisjoint(blocks)]
+        in_use = {block for _, blocks in owners for block in blocks & lost}
+        tokens = 0
+        for state in reversed(victims):
+            tokens += state.position_offset
+            again = state.create_equivalent_initial_request()
+            self._dropped.add(id(state))
+            scheduler.finish_request(state.request_id)
+            self._ledger.forget(state.request_id)
+            scheduler.waiting_requests[again.request_id] = again
+            scheduler.waiting_requests_order.appendleft(again.request_id)
+        self._valve.count(COUNT_LOST_BLOCKS, len(in_use))
+        self._valve.count(COUNT_RECOMPUTED, len(victims))
+        self._valve.count(COUNT_RECOMPUTED_TOKENS, tokens)
+
+    def _withdraw(self, blocks: Any) -> None:
+        """Take free blocks out of circulation."""
+        self._cache.pool.try_to_free_sectors()
+        away = {block for block in blocks if block not in TRASH}
+        free = self._cache.pool.free_sectors
+        missing = away - set(free)
+        if missing:
+            raise EngineUnsupported(
+                f"blocks {sorted(missing)[:8]} are gone but still referenced: parallel sampling "
+                "(num_return_sequences) is not supported under Valve; send the requests one by one"
+            )
+        free[:] = [sector for sector in free if sector not in away]
+        self._withdrawn |= away
+
+    def ask(self) -> None:
+        """Say what the queue could use; give back what it has not used for a while."""
+        now = time.monotonic()
+        if now - self._asked_at < 0.05:
+            return
+        self._asked_at = now
+        scheduler, size = self._scheduler, self._allocator.tokens_per_page
+        requests = [*scheduler.active_requests.values(), *scheduler.waiting_requests.values()]
+        needed = sum(
+            -(-(len(r.initial_tokens) + (r.max_new_tokens or 0)) // size)
+            for r in requests[: scheduler.max_requests_per_batch]
+        )
+        if needed:
+            self._demand.raise_to(needed, now, urgent=self._settings.urgent)
+        surplus = self._demand.surplus(needed, now)
+        if surplus:
+            self._cache.pool.try_to_free_sectors()
+            for slab in self._pool.returnable(self._cache.pool.free_sectors, surplus):
+                self._withdraw(self._pool.give_up(slab))
+                self._valve.give_back(slab)
+
+    def publish(self) -> None:
+        table = self._allocator.block_table
+        self._ledger.publish(
+            [
+                (state.request_id, state.position_offset, table.get(state.request_id, ()))
+                for state in self._scheduler.active_requests.values()
+            ]
+        )
