@@ -24,8 +24,9 @@ from typing import Any, Protocol
 from valve_agent import wire
 from valve_agent.connection import Connection, Kind
 from valve_agent.devices.base import ArenaError, MemoryPool
+from valve_agent.devices.cpu.kernel import set_slice
 from valve_agent.events import EventLog
-from valve_agent.gate_link import GateDied, GateError
+from valve_agent.gate_link import GateDied, GateError, HoldTimeout
 from valve_agent.identity import Identity, IdentityError
 from valve_agent.policy.rate import RateLimit
 from valve_agent.pool import HOLD_TIMEOUT_NS, Holder, Pool
@@ -38,6 +39,10 @@ SCAN_NS = 1_000_000_000
 LOST_NS = 5_000_000_000
 """An offline process that holds slabs and stays disconnected for so long cannot be accounted for: it is
 killed. A runtime reconnects every 100 ms."""
+QUICK_HOLD_S = 0.002
+"""The longest that the server thread itself waits for the gate."""
+SLICE_NS = 100_000
+"""Turns of a helper on the CPU: an online request waits for it in a reclaim, and short turns come soon."""
 OVERUSE_SLABS = 1
 """Pages beyond what was granted that are not yet held against a process: one slab, for rounding."""
 REJECTS_LOGGED_PER_MINUTE = 120
@@ -82,15 +87,19 @@ class HoldWorker:
         self._asked.put(False)
         self._thread.join(timeout=HOLD_TIMEOUT_NS / 1e9 + 1)
 
+    def answer(self, held: bool, why: str) -> None:
+        """Leave an answer for `take`."""
+        self._answers.append((held, why))
+        self._wake()
+
     def _loop(self) -> None:
         while self._asked.get():
             try:
                 self._gate.hold(HOLD_TIMEOUT_NS / 1e9)
             except GateError as error:  # a dead gate is also seen, and acted on, by the server thread
-                self._answers.append((False, str(error)))
+                self.answer(False, str(error))
             else:
-                self._answers.append((True, ""))
-            self._wake()
+                self.answer(True, "")
 
 
 class AgentFailed(Exception):
@@ -128,6 +137,8 @@ class Agent:
         self.paused = True
         self.retired: dict[str, dict[str, int]] = {}
         """Tenant -> counters of processes that are gone."""
+        self.closing = False
+        """Set when the agent ends: nothing is accounted for any more, and the gate may be dead."""
         self.rejects = 0
         self._rejects_unsaid = 0
         self._reject_log = RateLimit(REJECTS_LOGGED_PER_MINUTE, REJECTS_LOGGED_PER_MINUTE, self.started_ns)
@@ -192,6 +203,8 @@ class Agent:
         self._rejects_unsaid = 0
 
     def on_closed(self, connection: Connection, why: str) -> None:
+        if self.closing:
+            return
         tenant = self._launchers.pop(connection.id, None)
         if tenant is not None and tenant.launcher == connection.id:
             tenant.launcher = None
@@ -219,7 +232,17 @@ class Agent:
     # Effects: what the pool makes happen ------------------------------------------------------------
 
     def hold(self) -> None:
-        self._holds.ask()
+        """Mostly online is busy, so offline is paused already and the gate answers in microseconds; then it
+        is not worth two changes of thread."""
+        if self.paused:
+            try:
+                self.gate.hold(QUICK_HOLD_S)
+            except HoldTimeout:
+                self._holds.ask()
+            else:
+                self._holds.answer(True, "")
+        else:
+            self._holds.ask()
 
     def release(self) -> None:
         self.gate.release()
@@ -329,6 +352,8 @@ class Agent:
             ) from error
         process.link = Link(connection.id, page_fd, page, os.dup(connection.peer.pidfd) if helper else None)
         process.helper_pid = connection.peer.pid if helper else None
+        if helper:
+            set_slice(connection.peer.pid, SLICE_NS)
         self._by_connection[connection.id] = process
         connection.kind = Kind.RUNTIME
         self._emit_for(process, "attach", role=tenant.role.name.lower(), helper=helper, comm=process.comm)

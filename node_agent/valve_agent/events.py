@@ -7,9 +7,11 @@ were taken"; both answers must come from what happened, not from counters guesse
 Every event has `schema`, `t_ns` (CLOCK_MONOTONIC), `event` (its name) and the fields that
 docs/architecture.md lists. The same lines go to stderr as the structured log, each with `level`.
 
-Threading model: `emit` may be called from any thread and never blocks on a disk or a full pipe: a
-daemon thread writes. When it cannot keep up, lines are dropped and counted, and the count is itself
-written. Callers: server.py, pool.py, main.py.
+Threading model: `emit` may be called from any thread and never blocks on a disk or a full pipe: it queues, a
+daemon thread turns records into text and writes them. That thread lets a batch collect before it takes the
+interpreter lock, so that it does not compete with what is going on when events come thick, as in a reclaim.
+When it cannot keep up, events are dropped and counted, and the count is itself written. Callers: agent.py,
+pool.py, main.py.
 """
 
 from __future__ import annotations
@@ -23,7 +25,11 @@ from typing import TextIO
 
 SCHEMA = "valve.io/events/v1"
 PENDING_MAX = 20_000
-"""Lines that may wait for the writer; about 5 MB. More than that are dropped and counted."""
+"""Events that may wait for the writer; about 10 MB. More than that are dropped and counted."""
+BATCH_S = 0.02
+"""How long the writer lets events collect."""
+
+Record = dict[str, object]
 
 
 class EventLog:
@@ -33,8 +39,9 @@ class EventLog:
         """Raises OSError if the file cannot be opened for appending."""
         self._file = path.open("a", encoding="utf-8") if path else None
         self._stream = stream
-        self._pending: collections.deque[tuple[str, bool]] = collections.deque()
+        self._pending: collections.deque[Record] = collections.deque()
         self._wake = threading.Condition()
+        self._waiting = False
         self._dropped = 0
         self._closing = False
         self._thread = threading.Thread(target=self._write_loop, name="valve-events", daemon=True)
@@ -42,13 +49,15 @@ class EventLog:
 
     def emit(self, event: str, *, level: str = "info", **fields: object) -> None:
         """Queue one event, of now unless `t_ns` is a field. `level` debug keeps it out of the log."""
-        line = _line(event, level, fields)
+        record = _record(event, level, fields)
         with self._wake:
             if len(self._pending) >= PENDING_MAX:
                 self._dropped += 1
                 return
-            self._pending.append((line, level != "debug"))
-            self._wake.notify()
+            self._pending.append(record)
+            if self._waiting:
+                self._waiting = False
+                self._wake.notify()
 
     def close(self) -> None:
         """Write what is queued (bounded: a stuck pipe costs at most a second) and stop."""
@@ -63,32 +72,40 @@ class EventLog:
         while True:
             with self._wake:
                 while not self._pending and not self._closing:
+                    self._waiting = True
                     self._wake.wait()
-                if not self._pending:
-                    return
-                lines = list(self._pending)
+                closing = self._closing
+            if not closing:
+                time.sleep(BATCH_S)
+            with self._wake:
+                records = list(self._pending)
                 self._pending.clear()
                 dropped, self._dropped = self._dropped, 0
+                if closing and not records and not dropped:
+                    return
             if dropped:
-                lines.append((_line("events-dropped", "warning", {"lines": dropped}), True))
-            self._write(lines)
+                records.append(_record("events-dropped", "warning", {"lines": dropped}))
+            self._write(records)
 
-    def _write(self, lines: list[tuple[str, bool]]) -> None:
+    def _write(self, records: list[Record]) -> None:
         if self._file:
             try:
-                self._file.write("".join(line + "\n" for line, _ in lines))
+                self._file.write("".join(map(_line, records)))
                 self._file.flush()
             except OSError as error:  # a full disk must not stop the agent: say so, go on without the file
                 self._file = None
-                lines = [*lines, (_line("events-file-lost", "error", {"error": str(error)}), True)]
+                records.append(_record("events-file-lost", "error", {"error": str(error)}))
         if self._stream:
             try:
-                self._stream.write("".join(line + "\n" for line, loud in lines if loud))
+                self._stream.write("".join(_line(record) for record in records if record["level"] != "debug"))
                 self._stream.flush()
             except (OSError, ValueError):  # nobody reads our stderr any more; the file stays
                 self._stream = None
 
 
-def _line(event: str, level: str, fields: dict[str, object]) -> str:
-    record = {"schema": SCHEMA, "t_ns": time.monotonic_ns(), "event": event, "level": level, **fields}
-    return json.dumps(record, separators=(",", ":"), default=str)
+def _record(event: str, level: str, fields: Record) -> Record:
+    return {"schema": SCHEMA, "t_ns": time.monotonic_ns(), "event": event, "level": level, **fields}
+
+
+def _line(record: Record) -> str:
+    return json.dumps(record, separators=(",", ":"), default=str) + "\n"

@@ -216,7 +216,7 @@ class Pool:
 
     def on_return(self, holder: Holder, mask: int) -> None:
         """It remapped these slabs and gives them back, so it wants as many less: a RETURN may come before the
-        lower WANT. Slabs that it does not hold are left out: a RETURN may cross a RECLAIM of the same slab."""
+        lower WANT. Slabs that it does not hold are left out: a RETURN may cross a RECLAIM of the same."""
         mask &= holder.held
         if mask:
             self._effects.discard(holder, mask)
@@ -248,7 +248,7 @@ class Pool:
         operation = self._operation
         if operation is None or operation.id != operation_id or holder.id not in operation.waiting:
             self._effects.emit(
-                "reclaimed-late",
+                "reclaim-late",
                 level="warning",
                 tenant=holder.name,
                 operation=operation_id,

@@ -96,6 +96,26 @@ def test_a_role_that_the_tenant_does_not_have_is_refused(connect: Callable[[], C
     assert "is online" in answer.sentence
 
 
+@pytest.mark.parametrize(
+    ("what", "main_pid", "sentence"),
+    [
+        ("another process than its parent", os.getpid(), "but its parent is"),
+        ("its parent, whose memory is not its own", os.getppid(), "their memory differs"),
+    ],
+)
+def test_a_false_helper_is_refused(
+    connect: Callable[[], Client], what: str, main_pid: int, sentence: str
+) -> None:
+    """A helper is never stopped, so only an address-space helper may be one."""
+    launcher, liar = connect(), connect()
+    launcher.send(tenant_frame())
+    launcher.recv()
+    liar.send(hello_frame(flags=wire.HelloFlag.HELPER, main_pid=main_pid))
+    answer = liar.rejected()
+    assert answer.code == wire.RejectCode.EIDENTITY
+    assert sentence in answer.sentence
+
+
 def test_a_tenant_process_that_claims_another_role_hears_a_sentence(
     agent: LiveAgent, start: Callable[..., LiveTenant], runtime: Path
 ) -> None:
