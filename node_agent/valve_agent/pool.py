@@ -167,8 +167,6 @@ class Pool:
 
     def room(self, holder: Holder) -> int:
         """How many slabs more it would take now: bounded by its want, its arena and its tenant's limit."""
-        if not holder.attached:
-            return 0
         return max(0, min(min(holder.want, holder.slabs) - holder.count, self._tenant_room(holder)))
 
     def _tenant_room(self, holder: Holder) -> int:
@@ -279,9 +277,8 @@ class Pool:
             if not operation.held_ns:
                 self._abandon("the gate did not answer")
             else:
-                for holder_id in list(operation.waiting):
+                for holder_id in operation.waiting:
                     self._kill(self.holders[holder_id], "it did not give reclaimed memory back in time")
-                    del operation.waiting[holder_id]
                 self._finish(operation)
         self.settle()
 

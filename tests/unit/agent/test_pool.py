@@ -408,6 +408,18 @@ def test_a_tenants_limit_spans_its_processes() -> None:
     assert [one.count for one in holders] == [8, 2]
 
 
+def test_a_tenants_limit_holds_when_its_processes_are_served_together() -> None:
+    world = World()
+    pool = make(world, recover_ns=5)
+    holders = [holder(number, Role.OFFLINE, limit=10, tenant=9) for number in (1, 2)]
+    for one in holders:
+        pool.attach(one)
+        pool.on_want(one, 8)
+    world.now_ns = 5
+    pool.tick()
+    assert [one.count for one in holders] == [5, 5]
+
+
 def test_a_return_lowers_the_want_with_it() -> None:
     """Else what comes back would be granted again before the lower WANT arrives."""
     world = World()
