@@ -34,7 +34,7 @@ class AgentArena:
         self.memory_fd = os.memfd_create("arena", os.MFD_CLOEXEC)
         os.ftruncate(self.memory_fd, slabs * SLAB_BYTES)
         self.quarantine_fd = os.memfd_create("quarantine", os.MFD_CLOEXEC)
-        os.ftruncate(self.quarantine_fd, QUARANTINE_BYTES)
+        os.ftruncate(self.quarantine_fd, SLAB_BYTES)
         self.ledger_fd, self.ledger = Ledger.create(slabs)
 
     @property
@@ -103,11 +103,11 @@ class Link:
         self.send(frame, [self.page_fd] if doorbell is None else [self.page_fd, doorbell])
         return hello
 
-    def serve_arena(self) -> AgentArena:
+    def serve_arena(self, quarantine_bytes: int = QUARANTINE_BYTES) -> AgentArena:
         """Answer the ARENA_OPEN that must come next."""
         arena = AgentArena(self.expect(wire.ArenaOpen).slabs)
         frame = wire.Arena(
-            slabs=arena.slabs, slab_bytes=SLAB_BYTES, quarantine_bytes=QUARANTINE_BYTES,
+            slabs=arena.slabs, slab_bytes=SLAB_BYTES, quarantine_bytes=quarantine_bytes,
             ledger_bytes=ledger_bytes(arena.slabs),
         )  # fmt: skip
         self.send(frame, arena.fds)

@@ -259,6 +259,50 @@ def test_zero_bytes_means_the_tenants_limit(agent: FakeAgent, start: Start) -> N
     arena.close()
 
 
+@pytest.mark.parametrize(
+    ("what", "quarantine_bytes"),
+    [
+        ("one page for a slab: more mappings than a process may have by default", 4096),
+        ("as large as a slab", SLAB_BYTES),
+    ],
+)
+def test_quarantine_of_any_size(agent: FakeAgent, start: Start, what: str, quarantine_bytes: int) -> None:
+    victim = start("offline")
+    link = agent.accept()
+    link.welcome(wire.Role.OFFLINE)
+    victim.line()
+    victim.tell(f"open {64 * SLAB_BYTES} 20000")
+    arena = link.serve_arena(quarantine_bytes)
+    assert victim.line() == f"arena 64 {SLAB_BYTES} 1", what
+    victim.ask("hammer")
+    for _ in range(3):
+        link.grant(range(0, 64, 2))
+        link.reclaim(range(0, 64, 2))
+        assert victim.ask("read 63") == "read 0 0"
+    arena.close()
+
+
+def test_a_process_without_mappings_left_still_gives_its_slabs(agent: FakeAgent, start: Start) -> None:
+    victim = start("offline")
+    link = agent.accept()
+    link.welcome(wire.Role.OFFLINE)
+    victim.line()
+    victim.tell(f"open {64 * SLAB_BYTES} 20000")
+    arena = link.serve_arena(8192)  # as many mappings as libvalve allows itself
+    victim.line()
+    victim.ask("hammer")
+    link.grant(range(0, 64, 2))  # each slab is one mapping now, instead of 512
+    link.reclaim(set())
+    assert int(victim.ask("eat-mappings").split()[1]) > 1000
+    victim.stop()
+    link.reclaim(range(0, 64, 2))
+    victim.resume()
+    assert victim.ask("read 0") == "read 0 0"
+    before = victim.ask("touches")
+    wait_until(lambda: victim.ask("touches") != before, "every slab can be touched")
+    arena.close()
+
+
 def test_a_denied_arena_carries_the_sentence_and_may_be_asked_again(agent: FakeAgent, start: Start) -> None:
     victim = start("offline")
     link = agent.accept()

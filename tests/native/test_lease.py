@@ -100,7 +100,7 @@ def test_offline_comes_back_with_its_arena(agent: FakeAgent, start: Start, varia
     assert set(restore.held) == {0, 3}
     memory, quarantine, ledger_fd = link.fds
     assert os.fstat(memory).st_size == 8 * SLAB_BYTES
-    assert os.fstat(quarantine).st_size == 2 << 20
+    assert os.fstat(quarantine).st_size == SLAB_BYTES
     assert os.pread(memory, 1, 3 * SLAB_BYTES) == b"\x2a"
     ledger = Ledger(ledger_fd, 8)
     assert ledger.read().owners(3) == 1 << 9

@@ -166,7 +166,13 @@ static int obey(char *line)
         printf("wait %d %s\n", found, strerror(errno));
     } else if (strcmp(line, "close-all") == 0)
         printf("ok %d\n", close_range(3, ~0u, 0));
-    else if (strcmp(line, "fork") == 0)
+    else if (strcmp(line, "eat-mappings") == 0) {
+        long eaten = 0;
+        void *last = NULL;
+        for (; last != MAP_FAILED; eaten++) /* neighbours with different rights do not merge */
+            last = mmap(NULL, 4096, eaten % 2 ? PROT_READ : PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        printf("eaten %ld\n", eaten);
+    } else if (strcmp(line, "fork") == 0)
         in_child();
     else if (strcmp(line, "exec") == 0) {
         execv("/proc/self/exe", arguments);

@@ -21,7 +21,13 @@
 #define ALIGNMENT (2ull << 20)
 #define READ_WRITE (PROT_READ | PROT_WRITE)
 
+/* Mappings of the quarantine page that we allow ourselves: half of vm.max_map_count's default.
+ * A larger arena is quarantined to private memory, which costs memory where it is touched;
+ * agents avoid that by a larger quarantine page. */
+#define MAPPINGS_MAX 32768
+
 static int files[VALVE_FDS_MAX]; /* arena, quarantine, ledger: the control loop's descriptors */
+static int without_page;
 
 static int map_slabs(uint32_t first, uint32_t past)
 {
@@ -36,26 +42,36 @@ static int map_slabs(uint32_t first, uint32_t past)
 
 static int quarantine_slabs(uint32_t first, uint32_t past)
 {
+    const int private = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
     char *at = valve.base + first * valve.slab_bytes;
     size_t bytes = (past - first) * valve.slab_bytes;
     long got = 0;
-    for (size_t done = 0; done < bytes && !sys_failed(got); done += valve.quarantine_bytes)
+    if (without_page)
+        got = sys_mmap(at, bytes, READ_WRITE, private | MAP_FIXED, -1, 0);
+    for (size_t done = 0; done < bytes && !without_page && !sys_failed(got); done += valve.quarantine_bytes)
         got = sys_mmap(at + done, valve.quarantine_bytes, READ_WRITE, MAP_SHARED | MAP_FIXED, files[1], 0);
-    if (sys_failed(got)) /* out of mappings (vm.max_map_count): one private mapping takes their place */
-        got = sys_mmap(at, bytes, READ_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
+    if (sys_failed(got)) {
+        /* The process has as many mappings as it may (vm.max_map_count): some must go before
+         * there can be one.  Nobody touches the slabs meanwhile: they were returned, or the
+         * process is stopped; should its threads run and map something here, we fail. */
+        sys_munmap(at, bytes);
+        got = sys_mmap(at, bytes, READ_WRITE, private | MAP_FIXED_NOREPLACE, -1, 0);
+    }
     if (sys_failed(got))
         return (int)got;
     sys_madvise(at, bytes, MADV_DONTFORK);
     return 0;
 }
 
-/* The slabs must not stay with this process, and they cannot be taken: end it. */
-static void die_holding(uint32_t slab)
+/* The slabs must not stay with an offline process, and they cannot be taken: end it. */
+static void cannot_take(uint32_t slab)
 {
     char number[24];
-    VALVE_SAY("slab ", valve_decimal(slab, number),
-              " cannot be taken from this process (out of memory for mappings); it is killed");
-    SYS2(SYS_kill, valve.main_pid, SIGKILL);
+    int is_offline = valve.claimed == VALVE_ROLE_OFFLINE;
+    VALVE_SAY("slab ", valve_decimal(slab, number), " cannot be taken from this process: no memory for mappings",
+              is_offline ? "; it is killed" : "");
+    if (is_offline)
+        SYS2(SYS_kill, valve.main_pid, SIGKILL);
 }
 
 static void *reserve(uint64_t bytes)
@@ -97,6 +113,7 @@ int valve_arena_map(const struct valve_arena *frame, const int fds[VALVE_FDS_MAX
     valve.slabs = (uint32_t)frame->slabs;
     valve.slab_bytes = frame->slab_bytes;
     valve.quarantine_bytes = frame->quarantine_bytes;
+    without_page = bytes / frame->quarantine_bytes > MAPPINGS_MAX;
     for (int i = 0; i < VALVE_FDS_MAX; i++)
         files[i] = fds[i];
     return quarantine_slabs(0, valve.slabs);
@@ -128,7 +145,7 @@ void valve_arena_grant(const struct valve_bitmap *set)
         if (map_slabs(first, past) != 0) {
             /* The engine is not told; the slabs go back as if it had returned them. */
             if (quarantine_slabs(first, past) != 0)
-                die_holding(first);
+                cannot_take(first);
             for (uint32_t i = first; i < past; i++)
                 granted(i, SLAB_RETURNING);
             atomic_store(&valve.returns_waiting, 1);
@@ -145,7 +162,7 @@ void valve_arena_reclaim(const struct valve_bitmap *set)
     uint32_t past, first = valve_bitmap_run(set, 0, valve.slabs, &past);
     for (; first < valve.slabs; first = valve_bitmap_run(set, past, valve.slabs, &past)) {
         if (quarantine_slabs(first, past) != 0)
-            die_holding(first);
+            cannot_take(first);
         for (uint32_t i = first; i < past; i++)
             lost(i);
     }
@@ -162,7 +179,7 @@ int valve_arena_take_returns(struct valve_bitmap *set)
         if (!(atomic_load(&valve.slab[i]) & SLAB_RETURNING))
             continue;
         if (quarantine_slabs(i, i + 1) != 0)
-            die_holding(i);
+            cannot_take(i);
         atomic_fetch_and(&valve.slab[i], ~(uint32_t)(SLAB_RETURNING | SLAB_ACTUAL));
         valve_bitmap_add(set, i);
         count++;

@@ -26,6 +26,7 @@
 /* kcmp says whether the process still has our memory; where a sandbox forbids kcmp, the
  * auxiliary vector tells programs apart, because it holds random addresses. */
 static int kcmp_works;
+static int leaderless; /* the first thread has ended, the process has not */
 static uint64_t image_at_start;
 
 static long compare_memory(void)
@@ -33,27 +34,28 @@ static long compare_memory(void)
     return SYS5(SYS_kcmp, sys_getpid(), valve.main_pid, KCMP_VM, 0, 0);
 }
 
-/* Bytes read from /proc/PID/`file` of the process served; 0 if it cannot be read. */
-static long read_about_process(const char *file, unsigned char *bytes, size_t size)
+/* Bytes of /proc/PID/auxv of the process served: 0 or -ESRCH (it depends on the kernel) once
+ * its first thread has let go of its memory, another -errno if we may not look. */
+static long read_auxv(unsigned char *bytes, size_t size)
 {
     char number[24], path[48] = "/proc/";
     size_t n = 6;
     for (const char *c = valve_decimal((uint64_t)valve.main_pid, number); *c; c++)
         path[n++] = *c;
-    valve_copy_text(path + n, sizeof path - n, file);
+    valve_copy_text(path + n, sizeof path - n, "/auxv");
     int fd = (int)SYS4(SYS_openat, AT_FDCWD, path, O_RDONLY | O_CLOEXEC, 0);
     if (fd < 0)
-        return 0;
+        return fd;
     long got = SYS3(SYS_read, fd, bytes, size);
     sys_close(fd);
-    return got > 0 ? got : 0;
+    return got;
 }
 
-/* A hash of /proc/PID/auxv of the process served; 0 if it cannot be read. */
+/* A hash of the auxiliary vector; 0 if there is none to see. */
 static uint64_t image(void)
 {
     unsigned char bytes[512];
-    long got = read_about_process("/auxv", bytes, sizeof bytes);
+    long got = read_auxv(bytes, sizeof bytes);
     uint64_t hash = 14695981039346656037u; /* FNV-1a */
     for (long i = 0; i < got; i++)
         hash = (hash ^ bytes[i]) * 1099511628211u;
@@ -67,6 +69,7 @@ int helper_enter(void)
     sys_close(0);
     sys_close(1);
     SYS3(SYS_close_range, 3, ~0u, 0);
+    leaderless = 0;
     kcmp_works = compare_memory() == 0;
     image_at_start = kcmp_works ? 0 : image();
     return (int)SYS2(SYS_pidfd_open, valve.main_pid, 0);
@@ -85,26 +88,32 @@ void helper_drain_signals(int fd)
         ;
 }
 
-/* A process whose first thread has ended lives on as long as any other does; its memory
- * cannot be asked for by its id any more. */
-static int leader_is_gone(void)
+static int has_ended(int pidfd, uint64_t wait_ns)
 {
-    char bytes[512];
-    size_t n = (size_t)read_about_process("/stat", (unsigned char *)bytes, sizeof bytes);
-    while (n > 0 && bytes[n - 1] != ')')
-        n--;
-    return n > 0 && n + 1 < sizeof bytes && bytes[n + 1] == 'Z';
+    struct pollfd end = {pidfd, POLLIN, 0};
+    return sys_getppid() != valve.main_pid || sys_poll(&end, 1, wait_ns) > 0;
+}
+
+/* The first thread has no memory of its own any more: either the process is about to end,
+ * or it lives on in its other threads. */
+static int lives_without_leader(int pidfd)
+{
+    if (!leaderless)
+        leaderless = !has_ended(pidfd, 10 * VALVE_NS_PER_MS);
+    return leaderless;
 }
 
 int helper_is_needed(int pidfd)
 {
-    struct pollfd end = {pidfd, POLLIN, 0};
-    if (sys_getppid() != valve.main_pid || sys_poll(&end, 1, 0) > 0)
+    unsigned char byte;
+    if (has_ended(pidfd, 0))
         return 0;
+    if (kcmp_works ? compare_memory() == 0 : image_at_start == 0 || image() == image_at_start)
+        return 1;
     /* Another address space: the process has run exec, and this helper serves memory that
-     * nobody uses.  (An error after a success: it has become a process we may not see.) */
-    int same = kcmp_works ? compare_memory() == 0 : image_at_start == 0 || image() == image_at_start;
-    return same || leader_is_gone();
+     * nobody uses.  If we may not look: it has become a program that we could not serve. */
+    long got = read_auxv(&byte, 1);
+    return (got == 0 || got == -ESRCH) && lives_without_leader(pidfd);
 }
 
 void helper_stop_process(int pidfd)
