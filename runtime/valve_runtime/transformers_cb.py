@@ -13,6 +13,7 @@ Threading: the manager's generation thread, except ``add_request`` (any thread).
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 import os
 import time
@@ -107,21 +108,20 @@ class Adapter:
         self._pool: ElasticPool | None = None
         self._tenant: CacheTenant | None = None
 
-    def make_cache(
-        self, original: Callable[..., None], cache: Any, config: Any, batching: Any, *args: Any, **kwargs: Any
-    ) -> None:
+    def make_cache(self, original: Callable[..., None], cache: Any, *args: Any, **kwargs: Any) -> None:
         """The cache's one tensor on the arena, as large as the tenant's limit."""
         from transformers.generation.continuous_batching.cache import FullAttentionCacheAllocator
         from transformers.generation.continuous_batching.utils import find_head_dim, find_num_key_value_heads
 
-        dtype = kwargs["dtype"]
+        asked = inspect.signature(original).bind(cache, *args, **kwargs).arguments
+        config, batching, dtype = asked["config"], asked["continuous_batching_config"], asked["dtype"]
         arena = self._valve.arena_open(0, 10_000)
         block_bytes = config.num_hidden_layers * FullAttentionCacheAllocator.get_bytes_per_page(
             find_num_key_value_heads(config), find_head_dim(config), dtype, batching.page_size
         )
         batching.num_blocks = arena.nbytes // block_bytes - len(TRASH)
         with on_arena(arena):
-            original(cache, config, batching, *args, **kwargs)
+            original(cache, *args, **kwargs)
         allocators = list(cache.cache_allocators.values())
         if len(allocators) != 1 or allocators[0].blocks_per_sector != 1:
             raise EngineUnsupported(

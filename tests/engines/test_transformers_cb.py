@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The light engine: transformers' continuous batching loses memory in use and ends with the same tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from engine_process import Engine, environment, generate_disturbed, reclaims_in_use, valve_run
+
+from valve_cli.bench.rig import LiveAgent, LiveTenant
+
+DRIVER = Path(__file__).with_name("transformers_offline.py")
+SUBJECTS = ("rivers", "iron", "bread", "the moon", "a dog", "winter", "trains", "glass")
+PREAMBLE = "You are a careful assistant. You answer in complete sentences and explain every step. " * 6
+TOKENS = 48
+
+
+@pytest.mark.parametrize(
+    ("options", "preamble", "fault", "same"),
+    [
+        pytest.param([], "", "", True, id="requests of their own"),
+        pytest.param(["--prefix-caching"], PREAMBLE, "", True, id="a shared prefix in cached blocks"),
+        pytest.param([], "", "drop-lost", False, id="not told that blocks are gone: the check has power"),
+    ],
+)
+def test_outputs_survive_reclaims(
+    agent: LiveAgent, thief: LiveTenant, runtime: Path, engine_python: Path, model: Path, tmp_path: Path,
+    options: list[str], preamble: str, fault: str, same: bool,
+) -> None:  # fmt: skip
+    program = [str(engine_python), "-P", str(DRIVER), "--model", str(model), *options]
+    command = valve_run(agent.socket, runtime, "offline", "batch", program)
+    request = {"prompts": [f"{preamble}Tell me about {s}." for s in SUBJECTS], "tokens": TOKENS}
+    with Engine(command, tmp_path / "engine.log", environment({"VALVE_FAULT": fault})) as engine:
+        assert engine.answer()["tenant"]
+        calm = engine.ask("generate", **request)["tokens"]
+        disturbed = generate_disturbed(engine, thief, 92, times=5, **request)["tokens"]
+    assert reclaims_in_use(agent.events()) >= 2, "the test did not take memory in use"
+    assert (disturbed == calm) is same
