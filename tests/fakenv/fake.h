@@ -123,6 +123,8 @@ void files_start_watch(void);
 int files_open(enum file_kind kind, unsigned minor, pid_t tid);
 /* The file behind descriptor `fd` of `tid`, or NULL when it is not one of ours. */
 struct file *files_find(pid_t tid, int fd);
+/* What kind of file of ours that descriptor is; false when it is none. Needs no rm_lock. */
+bool files_look(pid_t tid, int fd, enum file_kind *kind, unsigned *minor);
 uint32_t gpu_id(unsigned gpu);
 void gpu_uuid(unsigned gpu, uint8_t uuid[16]);
 void memory_put(struct memory *memory);
@@ -134,6 +136,10 @@ bool remote_write(pid_t tid, uint64_t address, const void *from, size_t bytes);
 size_t remote_path(pid_t tid, uint64_t address, char *to, size_t bytes);
 pid_t remote_tgid(pid_t tid);
 bool remote_capable(pid_t tid, unsigned capability);
+
+/* nodes.c: the result of a stat, access or readlink call, -errno, or NODE_NOT_OURS. Needs no rm_lock. */
+enum { NODE_NOT_OURS = INT32_MIN };
+int64_t nodes_answer(pid_t tid, int nr, const uint64_t arg[6]);
 
 /* rm.c: each fills in the status field of its parameters */
 void rm_alloc(const struct caller *caller, struct nvos64 *p);

@@ -18,11 +18,13 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 HERE = Path(__file__).parent
+BRANCHES = ("535", "550", "570", "580", "595")
 SOURCES = sorted([*HERE.glob("*.c"), *HERE.glob("*.h"), HERE / "Makefile"])
 
 
@@ -31,15 +33,21 @@ class FakeNvError(Exception):
 
 
 def build() -> Path:
-    """Compiles the fake once per state of its sources; returns the folder with the binaries."""
+    """Compiles the fake once per state of its sources; returns the folder with the binaries.
+
+    Raises FakeNvError when it does not compile.
+    """
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in SOURCES)).hexdigest()[:16]
     folder = Path(tempfile.gettempdir()) / f"fakenv-{os.getuid()}-{digest}"
-    if not (folder / "ready").exists():
-        command = ["make", "-C", str(HERE), "-j2", f"BUILD={folder}"]
+    if not folder.exists():
+        fresh = Path(tempfile.mkdtemp(prefix=folder.name))
+        command = ["make", "-C", str(HERE), "-j2", f"BUILD={fresh}"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
         if done.returncode:
             raise FakeNvError(f"the fake driver does not compile: {' '.join(command)}\n{done.stderr}")
-        (folder / "ready").touch()
+        fresh.chmod(0o755)  # tests run programs of it as another user
+        with contextlib.suppress(OSError):  # someone else was first; theirs is the same
+            fresh.rename(folder)
     return folder
 
 
@@ -114,6 +122,9 @@ class Machine:
         """The supervisor's model: files, clients, channels with their state, counters."""
         answer: dict[str, Any] = json.loads(self.ctl("status"))
         return answer
+
+
+NewMachine = Callable[..., Machine]
 
 
 class Actor:

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * The seccomp filter. A filter cannot read paths or descriptors, so it sends every open and every
- * ioctl that may be ours to the supervisor, which lets the others continue: ioctls of type 'F', and
- * UVM's, which are plain small numbers.
+ * The seccomp filter. A filter cannot read paths or descriptors, so it sends every open, every call
+ * of the stat family and every ioctl that may be ours to the supervisor, which lets the others
+ * continue: ioctls of type 'F', and UVM's, which are plain small numbers.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -25,10 +25,8 @@
 
 #if defined(__x86_64__)
 #define ARCH AUDIT_ARCH_X86_64
-#define OLD_OPEN SYS_open
 #elif defined(__aarch64__)
 #define ARCH AUDIT_ARCH_AARCH64
-#define OLD_OPEN SYS_openat
 #else
 #error "fakenv knows x86-64 and aarch64"
 #endif
@@ -42,13 +40,19 @@ const char *filter_unavailable(void)
 
 int filter_install(void)
 {
-    struct sock_filter code[] = {
+    static const int trapped[] = {
+        SYS_openat, SYS_openat2, SYS_fstat, SYS_newfstatat, SYS_statx, SYS_faccessat, SYS_faccessat2, SYS_readlinkat,
+#ifdef SYS_open
+        SYS_open, SYS_stat, SYS_lstat, SYS_access, SYS_readlink,
+#endif
+    };
+    enum { TRAPPED = sizeof trapped / sizeof trapped[0], HEAD = 3 + TRAPPED };
+    struct sock_filter code[HEAD + 9] = {
         BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, arch)),
-        BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, ARCH, 0, 11),
+        BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, ARCH, 0, TRAPPED + 7),
         BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, nr)),
-        BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, SYS_openat, 10, 0),
-        BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, OLD_OPEN, 9, 0),
-        BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, SYS_openat2, 8, 0),
+    };
+    const struct sock_filter tail[] = {
         BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, SYS_ioctl, 0, 6),
         BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, args[1])),
         BPF_JUMP(BPF_JMP | BPF_JGE | BPF_K, 256, 0, 5),
@@ -59,6 +63,10 @@ int filter_install(void)
         BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW),
         BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_USER_NOTIF),
     };
+    for (unsigned i = 0; i < TRAPPED; i++)
+        code[3 + i] = (struct sock_filter)BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, (unsigned)trapped[i],
+                                                   (uint8_t)(TRAPPED - i - 1 + 8), 0);
+    memcpy(code + HEAD, tail, sizeof tail);
     struct sock_fprog program = {sizeof code / sizeof *code, code};
     /* The second flag is from Linux 5.19; without it a signal may interrupt a call half-way. */
     unsigned flags = SECCOMP_FILTER_FLAG_NEW_LISTENER | SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV;

@@ -26,6 +26,11 @@
 #ifndef SECCOMP_IOCTL_NOTIF_SET_FLAGS
 #define SECCOMP_IOCTL_NOTIF_SET_FLAGS _IOW('!', 4, uint64_t)
 #endif
+#ifdef SYS_open
+#define OLD_OPEN SYS_open
+#else
+#define OLD_OPEN SYS_openat
+#endif
 enum { SYNC_WAKE_UP = 1, MAX_ESCAPE = 4096 };
 
 struct request { int listener; struct seccomp_notif notif; };
@@ -94,7 +99,7 @@ static void handle_open(int listener, const struct seccomp_notif *n)
 {
     char path[256];
     int nr = n->data.nr;
-    bool at = nr == SYS_openat || nr == SYS_openat2;
+    bool at = nr == SYS_openat || nr == SYS_openat2; /* the others have no descriptor in front */
     uint64_t flags = n->data.args[at ? 2 : 1];
     remote_path((pid_t)n->pid, n->data.args[at ? 1 : 0], path, sizeof path);
     int fd = open_ours(path, (pid_t)n->pid);
@@ -343,8 +348,15 @@ static void *serve(void *argument)
             break; /* the last process under this filter has gone */
         if (ioctl(listener, SECCOMP_IOCTL_NOTIF_RECV, &n) < 0)
             continue;
-        if (n.data.nr != SYS_ioctl) {
+        int64_t node = NODE_NOT_OURS;
+        if (n.data.nr == SYS_openat || n.data.nr == SYS_openat2 || n.data.nr == OLD_OPEN) {
             handle_open(listener, &n);
+        } else if (n.data.nr != SYS_ioctl) {
+            node = nodes_answer((pid_t)n.pid, n.data.nr, (const uint64_t *)n.data.args);
+            if (node == NODE_NOT_OURS)
+                go_on(listener, n.id);
+            else
+                answer(listener, n.id, node);
         } else if (knobs_slow() || pthread_mutex_trylock(&rm_lock) != 0) {
             hand_over(listener, &n);
         } else {

@@ -153,7 +153,7 @@ def descriptors(inodes: list[int]) -> list[int]:
     found = []
     for name in os.listdir("/proc/self/fd"):
         try:
-            if os.fstat(int(name)).st_ino in inodes:
+            if os.stat(f"/proc/self/fd/{name}").st_ino in inodes:  # fstat would say what a driver says
                 found.append(int(name))
         except OSError:  # the listing's own descriptor
             continue

@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -13,12 +14,12 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[2] / "fakenv"))
 import fakenv
 
-BRANCHES = ("535", "550", "570", "580", "595")
-NewMachine = Callable[..., fakenv.Machine]
-
 
 @pytest.fixture(scope="session")
 def fakenv_binaries() -> Path:
+    missing = [tool for tool in ("cc", "make") if not shutil.which(tool)]
+    if missing:
+        pytest.skip(f"the fake NVIDIA driver is compiled for these tests: {' and '.join(missing)} not found")
     folder = fakenv.build()
     reason = fakenv.unavailable(folder)
     if reason:
@@ -27,12 +28,12 @@ def fakenv_binaries() -> Path:
 
 
 @pytest.fixture
-def new_machine(fakenv_binaries: Path) -> Iterator[NewMachine]:
+def new_machine(fakenv_binaries: Path) -> Iterator[fakenv.NewMachine]:
     """Makes machines with options; all are gone at the end of the test."""
     with ExitStack() as stack:
         yield lambda **options: stack.enter_context(fakenv.Machine(fakenv_binaries, **options))
 
 
 @pytest.fixture
-def machine(new_machine: NewMachine) -> fakenv.Machine:
+def machine(new_machine: fakenv.NewMachine) -> fakenv.Machine:
     return new_machine()

@@ -9,9 +9,8 @@ from __future__ import annotations
 import struct
 
 import pytest
-from conftest import BRANCHES, NewMachine
 
-from fakenv import Machine
+from fakenv import BRANCHES, Machine, NewMachine
 
 #           version       channel vaspace memory schedule probed name uvm_gpus
 LAYOUTS = {

@@ -7,9 +7,8 @@ import time
 from collections.abc import Callable
 
 import pytest
-from conftest import NewMachine
 
-from fakenv import Machine
+from fakenv import Machine, NewMachine
 
 TREE = "import os, time, rm; c = rm.Client(); t = c.tree()"
 DISABLE = "result = c.disable(t['subdevice'], t['channels'])"

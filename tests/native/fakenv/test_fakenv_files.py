@@ -124,6 +124,39 @@ def test_a_static_binary_sees_the_driver(machine: Machine) -> None:
     assert "no driver here" in alone.stderr
 
 
+def test_the_nodes_look_like_a_drivers(machine: Machine) -> None:
+    seen = machine.actor().run("""
+        import os, stat
+        def look(s): return [stat.S_ISCHR(s.st_mode), os.major(s.st_rdev), os.minor(s.st_rdev)]
+        first, second = (os.open("/dev/nvidiactl", os.O_RDWR) for _ in range(2))
+        uvm = os.open("/dev/nvidia-uvm", os.O_RDWR)
+        result = {
+            "fstat": look(os.fstat(first)),
+            "stat": [look(os.stat("/dev/nvidia" + n)) for n in ("ctl", "0", "-uvm")],
+            "one inode": len({os.fstat(fd).st_ino for fd in (first, second)}) == 1,
+            "links": [os.readlink(f"/proc/self/fd/{fd}") for fd in (first, uvm)],
+            "there": [os.path.exists(p) for p in ("/dev/nvidia0", "/dev/nvidia1", "/dev/null", "/no/such")],
+            "access": [os.access(p, os.R_OK | os.W_OK) for p in ("/dev/nvidia0", "/dev/nvidia1")],
+            "others": [stat.S_ISSOCK(os.fstat(s.fileno()).st_mode) for s in [__import__("socket").socket()]],
+        }
+    """)
+    assert seen == {
+        "fstat": [True, 195, 255],
+        "stat": [[True, 195, 255], [True, 195, 0], [True, 511, 0]],
+        "one inode": True,
+        "links": ["/dev/nvidiactl", "/dev/nvidia-uvm"],
+        "there": [True, False, True, False],
+        "access": [True, False],
+        "others": [True],
+    }
+
+
+def test_another_process_sees_the_links_too(machine: Machine, owner: Actor) -> None:
+    number = owner.run("result = c.fd")
+    links = machine.actor().run(f"import os; result = os.readlink('/proc/{owner.pid}/fd/{number}')")
+    assert links == "/dev/nvidiactl"
+
+
 def test_the_client_lives_as_long_as_any_descriptor(machine: Machine, owner: Actor) -> None:
     owner.run("give = [c.fd]")
     kept = owner.fds[0]

@@ -8,9 +8,8 @@ import signal
 import time
 
 import pytest
-from conftest import NewMachine
 
-from fakenv import Actor, FakeNvError, Machine
+from fakenv import Actor, FakeNvError, Machine, NewMachine
 
 PAGE = 2 << 20
 START = f"import ctypes, os, rm, driver_api; cu = driver_api.Cuda(); PAGE = {PAGE}; out = cu.host(4096)"
