@@ -52,7 +52,8 @@ _clock = time.monotonic_ns
 
 
 class GateSettings(NamedTuple):
-    """What the gate needs to know; the defaults are the policy's (valve_api documents them)."""
+    """What the gate needs to know. The agent fills it from its policy (valve_api documents the fields there);
+    the defaults are for benches and tests."""
 
     cooldown_factor: float = 2.0
     cooldown_min_ns: int = 2_000_000
@@ -82,6 +83,7 @@ class _Cause(NamedTuple):
     reason: str
     conn: int
     since_ns: int  # 0: no latency is defined
+    of_policy: bool = True  # False: offline was paused already, one process was not
 
 
 _NO_CAUSE = _Cause("", 0, 0)
@@ -274,7 +276,6 @@ class Gate:
         self._unconfirmed_ns = 0
         stop_ns = now - self._wake_ns
         latency_ns = now - cause.since_ns if cause.since_ns else 0
-        self._stats.count("pauses")
         if cause.since_ns and 0 < latency_ns < _LATENCY_MAX_NS:
             self._stats.sample(latency_ns, stop_ns)
         elif cause.since_ns:
@@ -282,8 +283,10 @@ class Gate:
             latency_ns = 0
         self._beat(now)
         self._answer_holds(now)
+        if cause.of_policy:
+            self._stats.count("pauses")
         self._emit(
-            "pause",
+            "pause" if cause.of_policy else "pause_confirmed",
             now,
             reason=cause.reason,
             conn=cause.conn,
@@ -360,7 +363,7 @@ class Gate:
             self._compute.pause(targets)
         except PauseTimeout as error:
             if self._policy.paused:
-                self._open_cause = _Cause(reason, 0, 0)
+                self._open_cause = _Cause(reason, 0, 0, False)
                 self._unconfirmed(error)
             else:
                 self._stats.count("timeouts")

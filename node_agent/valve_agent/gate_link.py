@@ -211,7 +211,8 @@ class GateHandle:
 
     def read_events(self) -> list[dict[str, Any]]:
         """Everything that happened since the last call, oldest first, without waiting. Each has `event` and
-        `t_ns`: busy, idle, missed_busy, pause, resume, pause_timeout, violation, kill, target_gone.
+        `t_ns`: busy, idle, missed_busy, pause, resume, pause_timeout, pause_confirmed (after a timeout that
+        no `pause` follows), violation, kill, target_gone.
         Raises GateDied once the gate is gone and all is read."""
         events: list[dict[str, Any]] = []
         while True:

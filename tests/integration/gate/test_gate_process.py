@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -211,12 +212,13 @@ def test_a_disconnected_process_waits_for_its_return(rig: Rig, start_victims: Ca
 def test_the_heartbeat_beats_several_times_per_lease(rig: Rig) -> None:
     page = rig.engine(1)
     beats = {page.heartbeat_ns}
-    deadline = time.monotonic() + 3 * SETTINGS.lease_ns / 1e9
-    while time.monotonic() < deadline:
+    deadline = time.monotonic() + 30
+    while len(beats) < 10 and time.monotonic() < deadline:
         beats.add(page.heartbeat_ns)
         time.sleep(0.005)
-    gaps_ns = [after - before for before, after in zip(sorted(beats)[1:], sorted(beats)[2:], strict=False)]
-    assert len(gaps_ns) >= 6
+    order = sorted(beats)
+    gaps_ns = sorted(after - before for before, after in pairwise(order))
+    assert gaps_ns[len(gaps_ns) // 2] < SETTINGS.lease_ns / 2
     assert page.gate == GateState.OPEN
 
 

@@ -165,6 +165,18 @@ def test_a_process_that_the_scan_drops_goes_on(bench: Bench) -> None:
     assert bench.compute.running_pids == {60}
 
 
+def test_an_attach_that_times_out_is_no_second_preemption(bench: Bench) -> None:
+    bench.engine(1, busy=True)
+    bench.events()
+    before = bench.stats.read().counters["pauses"]
+    bench.compute.refuses_to_stop = {50}
+    bench.target(2, pid=50)
+    bench.compute.refuses_to_stop = set()
+    bench.turn()
+    assert names(bench) == ["pause_timeout", "pause_confirmed"]
+    assert bench.stats.read().counters["pauses"] == before
+
+
 def held(bench: Bench) -> list[int]:
     """Tokens of the holds that were answered."""
     tokens = []
