@@ -5,101 +5,40 @@ Why it exists: here identity, registry, pool, gate and memory meet. The order of
 where it does: an offline process is under the gate before it hears WELCOME, its pages are discarded before
 its slabs count as free, and online hears GRANT before offline is released.
 
-Threading model: the server thread only, except `HoldWorker`, which waits for the gate in a thread of its own
-because a hold may take as long as the gate needs to pause everybody. Callers: server.py (Handler), pool.py
-(Effects), main.py.
+Threading model: the server thread only. Callers: server.py (Handler), pool.py (Effects), main.py.
 """
 
 from __future__ import annotations
 
-import collections
 import os
-import queue
 import signal
-import threading
 import time
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
-from valve_agent import wire
+from valve_agent import watchdog, wire
 from valve_agent.connection import Connection, Kind
 from valve_agent.devices.base import ArenaError, MemoryPool
 from valve_agent.devices.cpu.kernel import set_slice
 from valve_agent.events import EventLog
 from valve_agent.gate_link import GateDied, GateError, HoldTimeout
+from valve_agent.holds import Gate, HoldWorker
 from valve_agent.identity import Identity, IdentityError
 from valve_agent.policy.rate import RateLimit
-from valve_agent.pool import HOLD_TIMEOUT_NS, Holder, Pool
+from valve_agent.pool import Holder, Pool
 from valve_agent.registry import Link, Memory, Process, Registry, Scan, Tenant
 from valve_agent.server import Server
 from valve_agent.shared import Ledger, LedgerCopy, Page, SharedMemoryError, ledger_bytes
 from valve_agent.wire import RejectCode, Role, bits
 
 SCAN_NS = 1_000_000_000
-LOST_NS = 5_000_000_000
-"""An offline process that holds slabs and stays disconnected for so long cannot be accounted for: it is
-killed. A runtime reconnects every 100 ms."""
 QUICK_HOLD_S = 0.002
 """The longest that the server thread itself waits for the gate."""
 SLICE_NS = 100_000
 """Turns of a helper on the CPU: an online request waits for it in a reclaim, and short turns come soon."""
-OVERUSE_SLABS = 1
-"""Pages beyond what was granted that are not yet held against a process: one slab, for rounding."""
 REJECTS_LOGGED_PER_MINUTE = 120
 """Anybody may connect and be refused; the log must not fill the disk for it."""
 COUNTERS = ("requests", "tokens", "recomputed", "lost_blocks", "recomputed_tokens")
-
-
-class Gate(Protocol):
-    """What main needs of gate_link.GateHandle."""
-
-    doorbell_fd: int
-
-    def add_engine(self, conn: int, pid: int, page_fd: int) -> None: ...
-    def add_target(self, conn: int, pid: int, pidfd: int, page_fd: int, barrier: bool) -> None: ...
-    def remove(self, conn: int) -> None: ...
-    def set_scanned(self, pids: dict[int, int]) -> None: ...
-    def hold(self, timeout_s: float) -> object: ...
-    def release(self) -> None: ...
-    def fileno(self) -> int: ...
-    def read_events(self) -> list[dict[str, Any]]: ...
-
-
-class HoldWorker:
-    """Asks the gate to hold in a thread of its own; answers come through `take` after a wake."""
-
-    def __init__(self, gate: Gate, wake: Callable[[], None]) -> None:
-        self._gate = gate
-        self._wake = wake
-        self._asked: queue.SimpleQueue[bool] = queue.SimpleQueue()
-        self._answers: collections.deque[tuple[bool, str]] = collections.deque()
-        self._thread = threading.Thread(target=self._loop, name="valve-hold", daemon=True)
-        self._thread.start()
-
-    def ask(self) -> None:
-        self._asked.put(True)
-
-    def take(self) -> tuple[bool, str] | None:
-        """(held, why not) of the next answered hold; None if there is none."""
-        return self._answers.popleft() if self._answers else None
-
-    def close(self) -> None:
-        self._asked.put(False)
-        self._thread.join(timeout=HOLD_TIMEOUT_NS / 1e9 + 1)
-
-    def answer(self, held: bool, why: str) -> None:
-        """Leave an answer for `take`."""
-        self._answers.append((held, why))
-        self._wake()
-
-    def _loop(self) -> None:
-        while self._asked.get():
-            try:
-                self._gate.hold(HOLD_TIMEOUT_NS / 1e9)
-            except GateError as error:  # a dead gate is also seen, and acted on, by the server thread
-                self.answer(False, str(error))
-            else:
-                self.answer(True, "")
 
 
 class AgentFailed(Exception):
@@ -352,6 +291,7 @@ class Agent:
             ) from error
         process.link = Link(connection.id, page_fd, page, os.dup(connection.peer.pidfd) if helper else None)
         process.helper_pid = connection.peer.pid if helper else None
+        process.helper_cpu_s = None
         if helper:
             set_slice(connection.peer.pid, SLICE_NS)
         self._by_connection[connection.id] = process
@@ -555,23 +495,19 @@ class Agent:
             except GateError as error:
                 self.events.emit("uncontrollable", level="error", why=str(error))
         for process in list(self.registry.processes.values()):
-            if process.memory is not None:
-                self._watch_memory(process, process.memory, now)
+            self._watch(process, now)
         self.on_second()
 
-    def _watch_memory(self, process: Process, memory: Memory, now: int) -> None:
-        """What is not accounted for is not shared (P6). Online is only reported (P5)."""
-        slab_bytes = self.settings.slab_bytes
-        granted = memory.holder.count * slab_bytes
-        resident = self.memory.resident_bytes(memory.arena)
-        over = resident - granted > OVERUSE_SLABS * slab_bytes
-        if process.tenant.role == Role.ONLINE:
-            if over:
-                self._emit_for(process, "overuse", level="warning", granted=granted, resident=resident)
-        elif over:
-            self._kill(process, f"it uses {resident} bytes of its arena where {granted} were granted")
-        elif process.link is None and now - process.lost_ns > LOST_NS and memory.holder.held:
-            self._kill(process, "it holds memory and has not reconnected for 5 s")
+    def _watch(self, process: Process, now: int) -> None:
+        resident = self.memory.resident_bytes(process.memory.arena) if process.memory else 0
+        fault = watchdog.fault_of_memory(process, resident, self.settings.slab_bytes, now)
+        fault = fault or watchdog.fault_of_helper(process)
+        if fault is None:
+            return
+        if process.tenant.role == Role.ONLINE:  # it never dies of Valve (P5)
+            self._emit_for(process, "overuse", level="warning", why=fault)
+        else:
+            self._kill(process, fault)
 
     def _on_gate(self) -> None:
         try:

@@ -150,6 +150,16 @@ def parent_of(pid: int) -> int | None:
         return None
 
 
+def cpu_s(pid: int) -> float | None:
+    """CPU time that all threads of a process have used, in seconds; None if it is gone."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            fields = file.read().rpartition(b")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def ancestors(pid: int) -> Iterator[int]:
     """The process, its parent, and so on, up to but without init."""
     current: int | None = pid

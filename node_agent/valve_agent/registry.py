@@ -76,6 +76,8 @@ class Process:
     link: Link | None = None
     """None while the connection is lost and the process lives."""
     helper_pid: int | None = None
+    helper_cpu_s: float | None = None
+    """CPU time of the helper at the last look."""
     lost_ns: int = 0
     """When the connection was lost."""
 
@@ -147,7 +149,7 @@ class Scan:
             if tenant.role == Role.OFFLINE:
                 roots.append(pid)
         # An orphan that was found before stays: its launcher may be dead, its work is not.
-        live = self._subtrees([*roots, *self.found])
+        live = self._subtrees([*roots, *self.found], left_out)
         live |= {pid for pid, pidfd in self.found.items() if not _gone(pidfd)}
         live -= left_out
         before = set(self.found)
@@ -160,8 +162,9 @@ class Scan:
                 continue
         return before != set(self.found)
 
-    def _subtrees(self, roots: list[int]) -> set[int]:
-        """Descendants of `roots`, without those that share their parent's memory for now."""
+    def _subtrees(self, roots: list[int], known: set[int]) -> set[int]:
+        """Descendants of `roots`, without those that share their parent's memory for now. Those in `known`
+        need no such doubt: a helper's children are looked at like anybody's."""
         seen: set[int] = set()
         sharing: dict[int, int] = {}
         pending = list(roots)
@@ -170,7 +173,7 @@ class Scan:
             for child in children_of(parent):
                 if child in seen:
                     continue
-                if shares_memory(parent, child):
+                if child not in known and shares_memory(parent, child):
                     sharing[child] = self._sharing.get(child, 0) + 1
                     if sharing[child] <= SHARING_SCANS_MAX:
                         continue
