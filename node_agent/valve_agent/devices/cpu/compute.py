@@ -102,6 +102,8 @@ class CpuCompute:
     def pause(self, targets: Sequence[ProcessTarget]) -> None:
         started = _clock()
         for target in targets:
+            if target.gone:
+                continue  # its number may be another process's by now
             set_slice(target.pid, SHORT_SLICE_NS)
             try:
                 _send(target.pidfd, _stop)
@@ -133,6 +135,8 @@ class CpuCompute:
 
     def resume(self, targets: Sequence[ProcessTarget]) -> None:
         for target in targets:
+            if target.gone:
+                continue  # its number may be another process's by now
             set_slice(target.pid, 0)
             try:
                 _send(target.pidfd, _cont)
