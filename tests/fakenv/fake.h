@@ -116,6 +116,7 @@ struct machine {
 };
 extern struct machine machine;
 extern pthread_mutex_t rm_lock;
+extern pthread_mutex_t files_lock; /* the list machine.files; taken inside rm_lock, never the other way */
 
 /* files.c */
 void files_start_watch(void);

@@ -19,7 +19,7 @@
 
 struct machine machine;
 pthread_mutex_t rm_lock = PTHREAD_MUTEX_INITIALIZER;
-static pthread_mutex_t list_lock = PTHREAD_MUTEX_INITIALIZER; /* machine.files; inside rm_lock */
+pthread_mutex_t files_lock = PTHREAD_MUTEX_INITIALIZER;
 static int watch = -1;
 
 uint32_t gpu_id(unsigned gpu)
@@ -53,16 +53,16 @@ int files_open(enum file_kind kind, unsigned minor, pid_t tid)
     file->kind = kind;
     file->minor = minor;
     file->pid = remote_tgid(tid);
-    pthread_mutex_lock(&list_lock);
+    pthread_mutex_lock(&files_lock);
     file->next = machine.files;
     machine.files = file;
-    pthread_mutex_unlock(&list_lock);
+    pthread_mutex_unlock(&files_lock);
     struct epoll_event event = {.events = 0, .data.ptr = file};
     epoll_ctl(watch, EPOLL_CTL_ADD, pair[0], &event);
     return pair[1];
 }
 
-/* list_lock held */
+/* files_lock held */
 static struct file *find(pid_t tid, int fd)
 {
     char path[48];
@@ -78,19 +78,19 @@ static struct file *find(pid_t tid, int fd)
 
 struct file *files_find(pid_t tid, int fd)
 {
-    pthread_mutex_lock(&list_lock);
+    pthread_mutex_lock(&files_lock);
     struct file *file = find(tid, fd);
-    pthread_mutex_unlock(&list_lock);
+    pthread_mutex_unlock(&files_lock);
     return file; /* it stays: only a holder of rm_lock takes files away */
 }
 
 bool files_look(pid_t tid, int fd, enum file_kind *kind, unsigned *minor)
 {
-    pthread_mutex_lock(&list_lock);
+    pthread_mutex_lock(&files_lock);
     struct file *file = find(tid, fd);
     if (file)
         *kind = file->kind, *minor = file->minor;
-    pthread_mutex_unlock(&list_lock);
+    pthread_mutex_unlock(&files_lock);
     return file != NULL;
 }
 
@@ -114,7 +114,7 @@ void engine_put(struct engine *engine)
 
 static void release(struct file *file)
 {
-    pthread_mutex_lock(&list_lock);
+    pthread_mutex_lock(&files_lock);
     for (struct file **at = &machine.files; *at; at = &(*at)->next)
         if (*at == file) {
             *at = file->next;
@@ -123,7 +123,7 @@ static void release(struct file *file)
     for (struct file *f = machine.files; f; f = f->next)
         if (f->ctl == file)
             f->ctl = NULL;
-    pthread_mutex_unlock(&list_lock);
+    pthread_mutex_unlock(&files_lock);
     for (struct client *c = machine.clients, *next; c; c = next) {
         next = c->next;
         if (c->owner == file)

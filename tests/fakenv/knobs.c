@@ -75,9 +75,11 @@ static void status(struct text *t)
     for (unsigned i = 0; i < machine.gpus; i++)
         put(t, "%s[%u, %llu]", i ? ", " : "", machine.last_xid[i], (unsigned long long)machine.xid_count[i]);
     put(t, "], \"files\": [");
+    pthread_mutex_lock(&files_lock);
     for (struct file *f = machine.files; f; f = f->next, sep = ", ")
         put(t, "%s{\"kind\": \"%s\", \"pid\": %d, \"inode\": %llu}", sep,
             f->kind == FILE_CTL ? "ctl" : f->kind == FILE_UVM ? "uvm" : "gpu", f->pid, (unsigned long long)f->inode);
+    pthread_mutex_unlock(&files_lock);
     put(t, "], \"clients\": [");
     sep = "";
     for (struct client *c = machine.clients; c; c = c->next, sep = ", ") {
@@ -160,9 +162,11 @@ static bool execute(char **word, unsigned words)
     }
     if (strcmp(word[0], "unmap-syncs") == 0 && words == 2) {
         machine.unmap_syncs = gpu;
+        pthread_mutex_lock(&files_lock);
         for (struct file *f = machine.files; f; f = f->next)
             if (f->engine)
                 atomic_store(&f->engine->shared->unmap_syncs, gpu);
+        pthread_mutex_unlock(&files_lock);
         return true;
     }
     if (gpu >= machine.gpus)

@@ -166,10 +166,13 @@ static bool is_channel(uint32_t hclass)
 /* The engine of the process: the one attached on a UVM file that this process opened. */
 static struct engine *engine_of(pid_t pid)
 {
-    for (struct file *f = machine.files; f; f = f->next)
-        if (f->kind == FILE_UVM && f->engine && f->pid == pid)
-            return f->engine;
-    return NULL;
+    struct engine *engine = NULL;
+    pthread_mutex_lock(&files_lock);
+    for (struct file *f = machine.files; f && !engine; f = f->next)
+        if (f->kind == FILE_UVM && f->pid == pid)
+            engine = f->engine;
+    pthread_mutex_unlock(&files_lock);
+    return engine;
 }
 
 static uint32_t channel_new(struct client *client, struct object *o, struct object *parent,
