@@ -44,10 +44,10 @@ class Activity:
                 self._entering.pop(request, None)
 
     def settle(self, present: Callable[[], int], decode_gap_ns: int = 0) -> bool:
-        """Tell idle if nothing is entering and ``present()`` counts no request. True if idle.
-        May be called as often as one likes, also when idle already."""
+        """Tell idle if nothing is entering and ``present()`` counts no request. True if that was
+        news. May be called as often as one likes, also when idle already."""
         if not self.busy:
-            return True
+            return False
         with self._lock:
             if self._entering or present():
                 return False

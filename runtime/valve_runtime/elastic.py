@@ -251,7 +251,7 @@ def await_pinned(link: Link, pool: ElasticPool, settings: DemandSettings) -> Non
         demand.raise_to(1, now, urgent=settings.urgent)
         pool.apply(drain_events(link))
         if settings.urgent and now - started > 10:
-            raise ArenaRefused("the agent granted no memory within 10 s; is the device full?")
+            raise ArenaRefused("the agent granted no device memory within 10 s.")
         if now - said > 10:
             said = now
             logger.warning("valve: waiting for the first slabs of device memory")

@@ -31,7 +31,7 @@ from typing import Any
 
 from valve_runtime import _lib
 from valve_runtime.activity import Activity
-from valve_runtime.elastic import COUNT_REQUESTS, COUNT_TOKENS, ArenaRefused, DemandSettings
+from valve_runtime.elastic import COUNT_REQUESTS, COUNT_TOKENS, ArenaRefused, DecodeGap, DemandSettings
 from valve_runtime.vllm_kv import Backing, KvTenant
 
 logger = logging.getLogger("valve.vllm")
@@ -82,6 +82,7 @@ def register() -> None:
         idle_return_s=float(os.environ.get("VALVE_KV_IDLE_RETURN_S", "1.0")),
         floor_blocks=int(os.environ.get("VALVE_KV_FLOOR_BLOCKS", "32" if online else "1")),
     )
+    valve.attach(0)  # now, in the background: not when the first request is here
     _plugin = Plugin(valve, online=online, settings=settings)
     _plugin.install()
 
@@ -123,6 +124,7 @@ class Plugin:
         self.online = online
         self.settings = settings
         self.activity = Activity(valve)
+        self.gap = DecodeGap()
         self.backing: Backing | None = None
         self.tenant: KvTenant | None = None
         self._waker: threading.Timer | None = None
@@ -237,8 +239,7 @@ class Plugin:
                     tenant.drain()
                 outputs = original(scheduler, *args, **kwargs)
                 valve.count(COUNT_TOKENS, _new_tokens(outputs))
-                if tenant is not None:
-                    tenant.gap.iteration(time.monotonic())
+                self.gap.iteration(time.monotonic())
                 self._settle(scheduler)
                 return outputs
 
@@ -265,10 +266,12 @@ class Plugin:
         return tenant if tenant is not None and tenant.schedules_for(scheduler) else None
 
     def _settle(self, scheduler: Any) -> None:
-        tenant = self._tenant_of(scheduler)
-        gap_ns = tenant.gap.longest_ns(time.monotonic()) if tenant is not None else 0
-        if self.activity.settle(lambda: sum(scheduler.get_request_counts()), gap_ns) and tenant is not None:
-            tenant.rest()
+        gap_ns = self.gap.longest_ns(time.monotonic())
+        if self.activity.settle(lambda: sum(scheduler.get_request_counts()), gap_ns):
+            self.gap.rest()
+            tenant = self._tenant_of(scheduler)
+            if tenant is not None:
+                tenant.publish()
 
     # -- memory -------------------------------------------------------------------------------
 
@@ -309,7 +312,14 @@ class Plugin:
             def wrapped(config: Any, *args: Any, **kwargs: Any) -> Any:
                 if self.backing is None or not config.kv_cache_tensors:
                     return original(config, *args, **kwargs)
-                return self.backing.allocate(original, config, *args, **kwargs)
+                try:
+                    return self.backing.allocate(original, config, *args, **kwargs)
+                except ArenaRefused as refused:
+                    if not self.online:
+                        raise
+                    self.backing = None
+                    logger.error("valve: %s The KV cache stays static and is not shared.", refused)
+                    return original(config, *args, **kwargs)
 
             return wrapped
 
@@ -386,7 +396,7 @@ class Plugin:
             logger.warning("valve: a KV connector is configured: the KV cache stays static and is not shared")
             return nbytes
         try:
-            arena = self.valve.arena_open(0, 10_000)
+            arena = self.valve.arena_open(0, 3_000 if self.online else 30_000)
         except _lib.ArenaDenied as refused:
             if self.online:  # online never dies of Valve: it goes on with memory of its own
                 logger.error("valve: no arena (%s): the KV cache stays static and is not shared", refused)

@@ -27,7 +27,6 @@ from valve_runtime.elastic import (
     COUNT_LOST_BLOCKS,
     COUNT_RECOMPUTED,
     COUNT_RECOMPUTED_TOKENS,
-    DecodeGap,
     Demand,
     DemandSettings,
     ElasticPool,
@@ -97,7 +96,6 @@ class KvTenant:
         self.pool = backing.pool
         self.demand = Demand(self._link, self.pool, self._settings)
         self.ledger = Ledger(self._link, self.pool)
-        self.gap = DecodeGap()
         self._blocks: Any = scheduler.kv_cache_manager.block_pool
         self._block_size = int(scheduler.block_size)
         self.withdrawn: set[int] = set()
@@ -115,11 +113,6 @@ class KvTenant:
 
     def allocates_from(self, block_pool: Any) -> bool:
         return self._blocks is block_pool
-
-    def rest(self) -> None:
-        """No request is left."""
-        self.gap.rest()
-        self.publish()
 
     # -- memory that came and went ------------------------------------------------------------
 

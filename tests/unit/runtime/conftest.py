@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""valve_runtime is no part of the installed distribution (it goes into pods): it is imported from its folder."""
+"""valve_runtime is not in the installed distribution (it goes into pods): it is imported from its folder."""
 
 from __future__ import annotations
 

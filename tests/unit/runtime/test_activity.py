@@ -37,8 +37,7 @@ def test_idle_is_said_once() -> None:
     activity = Activity(link)  # type: ignore[arg-type]
     activity.enter("a")
     activity.entered("a")
-    for _ in range(3):
-        assert activity.settle(lambda: 0)
+    assert [activity.settle(lambda: 0) for _ in range(3)] == [True, False, False]
     assert link.said == ["busy", "idle"]
 
 
@@ -49,7 +48,8 @@ def test_a_dead_engine_is_idle() -> None:
     activity.gone()
     assert link.said == ["busy", "idle"]
     activity.entered("a")
-    assert activity.settle(lambda: 0)
+    assert not activity.settle(lambda: 0)
+    assert link.said == ["busy", "idle"]
 
 
 class Requests(RuleBasedStateMachine):
