@@ -31,6 +31,7 @@ GRANTED = 1  # enum valve_event_kind
 LOST = 2
 
 REQUESTS_MAX = 1024  # VALVE_REQUESTS_MAX
+SLACK_SLABS = 1  # asked for on top, and not called a surplus: blocks and slabs do not end together
 COUNT_REQUESTS, COUNT_TOKENS, COUNT_RECOMPUTED, COUNT_LOST_BLOCKS, COUNT_RECOMPUTED_TOKENS = range(5)
 
 
@@ -192,7 +193,7 @@ class Demand:
         held = len(pool.held)
         if short > 0:
             missing_pins = len(pool.pinned_slabs - pool.held)
-            return min(geometry.slabs_used, held + missing_pins + math.ceil(short * per_block) + 1)
+            return min(geometry.slabs_used, held + missing_pins + math.ceil(short * per_block) + SLACK_SLABS)
         return max(len(pool.pinned_slabs), held - int(-short * per_block))
 
     def raise_to(self, blocks: int, now: float, *, urgent: bool) -> None:
@@ -204,13 +205,14 @@ class Demand:
                 return
             self._wanted = max(slabs, self._wanted)
             self._said_at = now
+            self._surplus_since = None
             wanted = self._wanted
         self._link.want(wanted, urgent)
 
     def surplus(self, blocks: int, now: float) -> int:
         """Slabs to return now, given that ``blocks`` blocks are enough; 0 while it is too early.
         Tells the agent of the lower want when it is time."""
-        target = self.slabs_for(max(blocks, self._settings.floor_blocks))
+        target = self.slabs_for(max(blocks, self._settings.floor_blocks)) + SLACK_SLABS
         excess = max(len(self._pool.held), self._wanted) - target
         if excess <= 0:
             self._surplus_since = None

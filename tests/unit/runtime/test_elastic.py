@@ -173,7 +173,7 @@ def test_surplus_goes_back_late_and_in_steps() -> None:
     assert demand.surplus(1, 3.0) == 0
     assert demand.surplus(1, 3.9) == 0
     assert demand.surplus(1, 4.0) == 1
-    assert link.wants[-1] == (1, False)
+    assert link.wants[-1] == (2, False)  # one for the block, one slack
     assert demand.surplus(1, 4.05) == 0, "one step at a time"
     pool.give_up(3)
     assert demand.surplus(1, 4.2) == 1
