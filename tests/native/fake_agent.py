@@ -158,12 +158,13 @@ class FakeAgent:
     def listen(self) -> None:
         self.path.unlink(missing_ok=True)
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._listener.settimeout(WAIT_S)
         self._listener.bind(str(self.path))
         self._listener.listen(16)
 
-    def accept(self) -> Link:
+    def accept(self, timeout_s: float = WAIT_S) -> Link:
+        """The next connection. Raises TimeoutError."""
         assert self._listener is not None
+        self._listener.settimeout(timeout_s)
         sock, _ = self._listener.accept()
         link = Link(sock, self.lease_ms)
         self.links.append(link)

@@ -10,6 +10,7 @@
  * An offline process does not return from the constructor until the agent has let it in
  * (P6).  An online process is not touched until it uses the API, and never waits (P5).
  */
+#include "control.h"
 #include "state.h"
 #include "sys.h"
 
@@ -83,6 +84,7 @@ static void refuse(const char *sentence, const char *detail)
 
 static void enter_offline(void)
 {
+    helper_end_previous();
     valve.barrier =
         SYS3(SYS_membarrier, MEMBARRIER_CMD_REGISTER_GLOBAL_EXPEDITED, 0, 0) == 0;
     int helper = valve_spawn_helper();
@@ -100,9 +102,6 @@ static void enter_offline(void)
             !atomic_load(&valve.refused))
             refuse("the helper of this offline process died; see the kernel's log", "");
     }
-    /* After exec: the helper of the program that ran here before has ended by now. */
-    while (SYS4(SYS_wait4, -1, NULL, WNOHANG | __WCLONE, NULL) > 0)
-        ;
 }
 
 static void note_process(void)

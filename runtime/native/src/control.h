@@ -3,7 +3,8 @@
 #ifndef VALVE_CONTROL_H
 #define VALVE_CONTROL_H
 
-/* First thing in the helper: leave the terminal, close every descriptor but stderr.  Returns a pidfd of the process served, or -1 where there are none. */
+/* First thing in the helper: leave the terminal, close every descriptor but stderr.
+ * Returns a pidfd of the process served, or -1 where there are none. */
 int helper_enter(void);
 
 /* A descriptor that is readable after valve_wake(), or -1. */
@@ -15,5 +16,10 @@ int helper_is_needed(int pidfd);
 
 /* SIGSTOP, unless the process is no longer ours to stop. */
 void helper_stop_process(int pidfd);
+
+/* In the constructor, before the helper is made: after exec there may still be the helper
+ * of the program that this process was before.  Wake it, so that it sees that it is not
+ * needed, and wait for it, so that it stays neither as a process nor as a zombie. */
+void helper_end_previous(void);
 
 #endif
