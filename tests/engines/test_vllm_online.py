@@ -48,7 +48,13 @@ class Server:
         return int(self.agent.status()["tenants"]["serve"]["held_slabs"])
 
     def wait_idle(self) -> None:
-        wait_for("every process to be idle", lambda: not any(p["busy"] for p in self.processes()))
+        """Until no process is busy and the event log, which is written a little later, says so too."""
+
+        def idle() -> bool:
+            count = {name: len(self.agent.events(name)) for name in ("busy", "idle")}
+            return not any(p["busy"] for p in self.processes()) and count["busy"] == count["idle"]
+
+        wait_for("every process to be idle", idle)
 
     def busy_times(self) -> dict[int, int]:
         """How often each process turned busy so far."""
