@@ -18,6 +18,8 @@ WIDE = 1040.0
 HALF = 510.0
 RATE_BIN_S = 0.5
 ZOOM_S = 12.0
+STEP_NS = 500_000_000
+"""About what an offline step takes."""
 LANE_LEFT = 116.0
 COMPARED = ("alone", "naive", "valve")
 
@@ -67,10 +69,22 @@ def rate_bins(record: PhaseRecord, low: float, high: float) -> list[tuple[float,
     bins = max(1, round((high - low) / RATE_BIN_S))
     width = (high - low) / bins
     edges = [record.window[0] + round((low + n * width) * 1e9) for n in range(bins + 1)]
+    samples = stepped(record.offline_samples)
     return [
-        (low + n * width, tokens_between(record.offline_samples, span) / ((span[1] - span[0]) / 1e9))
+        (low + n * width, tokens_between(samples, span) / ((span[1] - span[0]) / 1e9))
         for n, span in enumerate(pairwise(edges))
     ]
+
+
+def stepped(samples: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The samples with the tokens of a long step, one that a pause interrupted, put at its end:
+    they would otherwise seem to have been made during the pause."""
+    made: list[tuple[int, int]] = []
+    for t_ns, tokens in samples:
+        if made and t_ns - made[-1][0] > 2 * STEP_NS:
+            made.append((t_ns - STEP_NS, made[-1][1]))
+        made.append((t_ns, tokens))
+    return made
 
 
 def busiest(record: PhaseRecord, timeline: Timeline) -> tuple[float, float]:

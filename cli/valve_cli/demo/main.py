@@ -12,6 +12,7 @@ import asyncio
 import dataclasses
 import datetime
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -278,7 +279,9 @@ class Demo:
                 offline_prompt_tokens=settings.offline.prompt_tokens,
                 offline_output_tokens=settings.offline.output_tokens,
                 engine_flags=dataclasses.asdict(flags),
-                model=settings.model.resolve().name,
+                model=re.sub(
+                    r"-[0-9a-f]{12}$", "", settings.model.resolve().name
+                ),  # without the cache's hash
                 device_memory_bytes=settings.device_bytes,
                 memory_note=(
                     f"exclusive: offline has the whole device, {settings.offline.sequences} requests in its"

@@ -112,10 +112,10 @@ def cards(report: Report) -> str:
                 " recomputed",
             )
         )
-        same = valve.offline_outputs_identical
+        same = "identical" if valve.offline_outputs_identical else "DIFFERENT"
         found.append(
             (
-                "identical" if same else "DIFFERENT",
+                same if valve.offline_requests_compared else "not compared",
                 "offline outputs, token by token",
                 f"{valve.offline_requests_compared} compared, {valve.offline_requests_lost} lost",
             )
