@@ -26,7 +26,7 @@ from typing import Any, Self
 from valve_cli.status import StatusError, read_status
 
 TENANT = Path(__file__).with_name("tenant.py")
-ANSWER_S = 20.0
+ANSWER_S = 60.0
 """Far longer than anything takes: only a broken run waits so long."""
 
 
@@ -79,7 +79,13 @@ class LiveAgent:
         ]  # fmt: skip
         with self.log_path.open("ab") as log:
             self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-        wait_for("the agent to listen", self._answers)
+        try:
+            wait_for("the agent to listen", self._answers)
+        except BaseException:
+            if self._process.poll() is None:
+                self._process.kill()
+            self.wait()
+            raise
 
     def stop(self) -> int:
         """SIGTERM and wait: the exit status."""
@@ -123,7 +129,8 @@ class LiveAgent:
         """Every event so far, or those of one name."""
         if not self.events_path.exists():
             return []
-        lines = self.events_path.read_text().splitlines()
+        whole, _, _ = self.events_path.read_text().rpartition("\n")  # the last line may be half written
+        lines = whole.splitlines()
         found = [json.loads(line) for line in lines]
         return [event for event in found if name is None or event["event"] == name]
 
