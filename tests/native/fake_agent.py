@@ -145,9 +145,10 @@ class Link:
 
 
 class FakeAgent:
-    """A listening socket. `close` is the agent's death; `listen` its return."""
+    """A listening socket. `close` is the agent's death; `listen` its return. The lease is long, so that a
+    busy machine does not end it; tests of the lease shorten it."""
 
-    def __init__(self, path: Path, lease_ms: int = 400) -> None:
+    def __init__(self, path: Path, lease_ms: int = 5000) -> None:
         self.path = path
         self.lease_ms = lease_ms
         self.links: list[Link] = []

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import os
+import select
+import time
 from collections.abc import Callable
 
 from fake_agent import SLAB_BYTES, FakeAgent
@@ -69,6 +71,9 @@ def test_exec_makes_a_new_tenant_process_and_ends_the_old_helper(
     helper = victim.helper()
     victim.tell("exec")
     again = agent.accept()
+    assert not select.select([link.sock], [], [], 0)[0], (
+        "an agent stops a process whose connection it has lost"
+    )
     link.close()  # as the agent does: the process has connected anew
     hello = again.welcome(OFFLINE)
     assert hello.main_pid == victim.pid
@@ -80,6 +85,24 @@ def test_exec_makes_a_new_tenant_process_and_ends_the_old_helper(
     victim.tell(f"open {SLAB_BYTES} 20000")
     again.serve_arena().close()
     victim.line()
+    arena.close()
+
+
+def test_a_program_without_valve_stays_connected_through_its_old_helper(
+    agent: FakeAgent, start: Start
+) -> None:
+    """It is the agent's to decide; the old helper neither stops it nor leaves it unaccounted for."""
+    agent.lease_ms = 800
+    victim = start("offline")
+    link, arena = open_arena(agent, victim, OFFLINE, 4)
+    link.grant({1, 2})
+    assert victim.ask("exec-bare") == f"ready {victim.pid}"
+    link.reclaim({1, 2})  # nobody uses the arena any more, but the agent need not know
+    time.sleep(2 * link.lease_ms / 1000)
+    link.stop_heart()
+    time.sleep(2 * link.lease_ms / 1000)
+    assert victim.ask("state").startswith("state role 0"), "it was stopped by a helper that does not serve it"
+    link.expect_end()
     arena.close()
 
 

@@ -30,6 +30,7 @@ def test_offline_stops_when_its_agent_dies(agent: FakeAgent, start: Start, varia
 
 
 def test_offline_stops_when_the_heartbeat_stops(agent: FakeAgent, start: Start, variant: str) -> None:
+    agent.lease_ms = 800
     victim = start("offline", variant)
     link = agent.accept()
     link.welcome(OFFLINE)
@@ -148,6 +149,7 @@ def test_online_goes_on_when_its_agent_dies(agent: FakeAgent, start: Start, vari
 
 
 def test_online_says_once_that_there_is_no_heartbeat(agent: FakeAgent, start: Start) -> None:
+    agent.lease_ms = 800
     victim = start("online")
     victim.line()
     victim.tell("attach 20000")

@@ -177,6 +177,9 @@ static int obey(char *line)
     else if (strcmp(line, "exec") == 0) {
         execv("/proc/self/exe", arguments);
         printf("exec failed\n");
+    } else if (strcmp(line, "exec-bare") == 0) {
+        execve("/proc/self/exe", arguments, (char *[]){NULL});
+        printf("exec failed\n");
     } else if (sscanf(line, "storm %u %u", &a, &b) == 2) {
         pthread_t threads[16];
         for (unsigned i = 0; i < a && i < 16; i++)

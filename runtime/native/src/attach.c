@@ -10,7 +10,6 @@
  * An offline process does not return from the constructor until the agent has let it in
  * (P6).  An online process is not touched until it uses the API, and never waits (P5).
  */
-#include "control.h"
 #include "state.h"
 #include "sys.h"
 
@@ -84,7 +83,9 @@ static void refuse(const char *sentence, const char *detail)
 
 static void enter_offline(void)
 {
-    helper_end_previous();
+    /* Before we make a helper of our own: after exec, that of the program before may still hold
+     * the connection until ours has taken over. */
+    int has_previous = SYS4(SYS_wait4, -1, NULL, WNOHANG | __WCLONE, NULL) == 0;
     valve.barrier =
         SYS3(SYS_membarrier, MEMBARRIER_CMD_REGISTER_GLOBAL_EXPEDITED, 0, 0) == 0;
     int helper = valve_spawn_helper();
@@ -101,6 +102,11 @@ static void enter_offline(void)
         if (helper > 0 && SYS4(SYS_wait4, helper, NULL, WNOHANG | __WALL, NULL) == helper &&
             !atomic_load(&valve.refused))
             refuse("the helper of this offline process died; see the kernel's log", "");
+    }
+    for (int tries = 0; has_previous && tries < 50; tries++) { /* it ends now: leave no zombie */
+        has_previous = SYS4(SYS_wait4, -1, NULL, WNOHANG | __WCLONE, NULL) == 0;
+        if (has_previous)
+            sys_sleep_ns(VALVE_NS_PER_MS);
     }
 }
 

@@ -359,6 +359,13 @@ static void open_signals(void)
         loop.signals = link_move_high(loop.signals);
 }
 
+/* Has the helper nothing more to do? */
+static int is_released(void)
+{
+    enum helper_duty duty = helper_duty(loop.process);
+    return duty == DUTY_OVER || (duty == DUTY_HAND_OVER && link_state() != LINK_UP);
+}
+
 /* One round: serve, sleep until something happens or is due. */
 static void turn(void)
 {
@@ -373,7 +380,7 @@ static void turn(void)
     uint64_t tick_ns = loop.lease_ns ? loop.lease_ns / 4 : RETRY_NS;
     if (loop.in_helper && sleep_ns > tick_ns)
         sleep_ns = tick_ns;
-    if (loop.in_helper && !helper_is_needed(loop.process))
+    if (loop.in_helper && is_released())
         SYS1(SYS_exit_group, 0);
     struct pollfd fds[3] = {{loop.sock, POLLIN, 0}, {loop.signals, POLLIN, 0}, {loop.process, POLLIN, 0}};
     if (sys_poll(fds, 3, sleep_ns) <= 0)

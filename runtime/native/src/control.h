@@ -11,15 +11,13 @@ int helper_enter(void);
 int helper_signals(void);
 void helper_drain_signals(int fd);
 
-/* 0 once the process served (`pidfd`) is gone, or has become another program by exec. */
-int helper_is_needed(int pidfd);
+/* What the helper owes the process served (`pidfd`).  After exec it only holds the
+ * connection, so that the agent sees no gap in which it would stop the process before its
+ * next program has a helper; the agent closes it when that one connects. */
+enum helper_duty { DUTY_SERVE, DUTY_HAND_OVER, DUTY_OVER };
+enum helper_duty helper_duty(int pidfd);
 
 /* SIGSTOP, unless the process is no longer ours to stop. */
 void helper_stop_process(int pidfd);
-
-/* In the constructor, before the helper is made: after exec there may still be the helper
- * of the program that this process was before.  Wake it, so that it sees that it is not
- * needed, and wait for it, so that it stays neither as a process nor as a zombie. */
-void helper_end_previous(void);
 
 #endif

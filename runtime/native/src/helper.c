@@ -13,7 +13,6 @@
 #include <signal.h>
 #include <sys/prctl.h>
 #include <sys/signalfd.h>
-#include <sys/wait.h>
 #include <linux/kcmp.h>
 
 #ifndef SYS_pidfd_open
@@ -35,27 +34,21 @@ static long compare_memory(void)
     return SYS5(SYS_kcmp, sys_getpid(), valve.main_pid, KCMP_VM, 0, 0);
 }
 
-/* Up to `size` bytes of /proc/PID/`rest`, or -errno. */
-static long read_about(int pid, const char *rest, char *bytes, size_t size)
+/* Bytes of /proc/PID/auxv of the process served: 0 or -ESRCH (it depends on the kernel) once
+ * its first thread has let go of its memory, another -errno if we may not look. */
+static long read_auxv(char *bytes, size_t size)
 {
-    char number[24], path[64] = "/proc/";
+    char number[24], path[48] = "/proc/";
     size_t n = 6;
-    for (const char *c = valve_decimal((uint64_t)pid, number); *c; c++)
+    for (const char *c = valve_decimal((uint64_t)valve.main_pid, number); *c; c++)
         path[n++] = *c;
-    valve_copy_text(path + n, sizeof path - n, rest);
+    valve_copy_text(path + n, sizeof path - n, "/auxv");
     int fd = (int)SYS4(SYS_openat, AT_FDCWD, path, O_RDONLY | O_CLOEXEC, 0);
     if (fd < 0)
         return fd;
     long got = SYS3(SYS_read, fd, bytes, size);
     sys_close(fd);
     return got;
-}
-
-/* Bytes of /proc/PID/auxv of the process served: 0 or -ESRCH (it depends on the kernel) once
- * its first thread has let go of its memory, another -errno if we may not look. */
-static long read_auxv(char *bytes, size_t size)
-{
-    return read_about(valve.main_pid, "/auxv", bytes, size);
 }
 
 /* A hash of the auxiliary vector; 0 if there is none to see. */
@@ -110,47 +103,25 @@ static int lives_without_leader(int pidfd)
     return leaderless;
 }
 
-int helper_is_needed(int pidfd)
+enum helper_duty helper_duty(int pidfd)
 {
     char byte;
     if (has_ended(pidfd, 0))
-        return 0;
+        return DUTY_OVER;
     if (kcmp_works ? compare_memory() == 0 : image_at_start == 0 || image() == image_at_start)
-        return 1;
-    /* Another address space: the process has run exec, and this helper serves memory that
-     * nobody uses.  If we may not look: it has become a program that we could not serve. */
+        return DUTY_SERVE;
+    /* Another address space: exec.  (If we may not look: it has become a program that we
+     * could not serve.) */
     long got = read_auxv(&byte, 1);
-    return (got == 0 || got == -ESRCH) && lives_without_leader(pidfd);
+    if (got != 0 && got != -ESRCH)
+        return DUTY_HAND_OVER;
+    return lives_without_leader(pidfd) ? DUTY_SERVE : DUTY_OVER;
 }
 
 void helper_stop_process(int pidfd)
 {
-    if (!helper_is_needed(pidfd))
+    if (helper_duty(pidfd) != DUTY_SERVE)
         SYS1(SYS_exit_group, 0);
     if (pidfd < 0 || SYS4(SYS_pidfd_send_signal, pidfd, SIGSTOP, NULL, 0) < 0)
         SYS2(SYS_kill, valve.main_pid, SIGSTOP);
-}
-
-void helper_end_previous(void)
-{
-    char children[1024], rest[48] = "/task/", number[24];
-    /* 0: a child by clone lives.  We have made none yet, so it is the previous program's. */
-    for (int tries = 0; tries < 100 && SYS4(SYS_wait4, -1, NULL, WNOHANG | __WCLONE, NULL) == 0; tries++) {
-        valve_copy_text(rest + 6, sizeof rest - 6, valve_decimal((uint64_t)valve.main_pid, number));
-        size_t n = 6;
-        while (rest[n])
-            n++;
-        valve_copy_text(rest + n, sizeof rest - n, "/children");
-        long got = read_about(valve.main_pid, rest, children, sizeof children);
-        for (long i = 0, pid = 0; i < got; i++) {
-            if (children[i] >= '0' && children[i] <= '9') {
-                pid = pid * 10 + children[i] - '0';
-                continue;
-            }
-            if (pid > 0) /* harmless to any other child */
-                SYS2(SYS_kill, pid, SIGURG);
-            pid = 0;
-        }
-        sys_sleep_ns(VALVE_NS_PER_MS);
-    }
 }
