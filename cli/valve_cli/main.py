@@ -94,10 +94,14 @@ def _policy(argv: list[str]) -> int:
     from valve_api.settings import settings_for
 
     try:
-        settings = settings_for(load_policy(arguments.file))
+        policy = load_policy(arguments.file)
     except PolicyError as error:
         print(error, file=sys.stderr)
         return 2
+    if policy.spec.cpu_device is None:
+        print(f"{arguments.file}: policy {policy.metadata.name} is valid; its sizes follow each node's GPUs")
+        return 0
+    settings = settings_for(policy)
     print(
         f"{arguments.file}: policy {settings.policy}: "
         f"{settings.slabs} slabs of {settings.slab_bytes >> 20}Mi, "
