@@ -41,6 +41,7 @@ def engine_environment(settings: Settings, base: dict[str, str]) -> dict[str, st
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
         "OMP_NUM_THREADS": str(settings.flags.threads),
+        "GOMP_SPINCOUNT": str(settings.flags.spin_count),
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # its automatic binding would leave one of two cores out
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VALVE_KV_FLOOR_BLOCKS": str(settings.flags.online_floor_blocks),
@@ -144,7 +145,7 @@ class OfflineEngine:
             f"--dtype={flags.offline_dtype}",
             f"--max-model-len={flags.max_model_len}",
             f"--max-num-seqs={settings.offline.sequences}",
-            f"--max-num-batched-tokens={max(flags.batched_tokens, settings.offline.sequences)}",
+            f"--max-num-batched-tokens={flags.offline_batched_tokens}",
             f"--block-size={flags.block_size}",
             f"--kv-bytes={kv_bytes}",
             "--prefix-caching",
