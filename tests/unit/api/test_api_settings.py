@@ -46,7 +46,7 @@ def test_demo_is_a_small_cpu_device_that_reclaims_often() -> None:
     assert settings.device_bytes == 1536 * MI
     assert settings.slab_bytes == 2 * MI
     assert settings.slabs == 768
-    assert settings.reservation.min_slabs == 2
+    assert settings.reservation.min_slabs <= 2
     assert settings.reservation.quiet_ns <= 2 * S
     assert settings.offline_default_bytes == settings.device_bytes
 
