@@ -206,7 +206,10 @@ def latencies(values_us: Sequence[float]) -> str:
     plot.raw(
         f'<line class="limit" x1="{at:.1f}" y1="{plot.top}" x2="{at:.1f}" y2="{plot.height - plot.bottom}"/>'
     )
-    plot.text(at - 6, plot.top + 14, "promised: p99 < 1 ms", "label", "end")
+    if at > plot.width / 2:
+        plot.text(at - 6, plot.top + 14, "promised: p99 < 1 ms", "label", "end")
+    else:
+        plot.text(at + 6, plot.height - plot.bottom - 10, "promised: p99 < 1 ms", "label")
     return plot.render()
 
 

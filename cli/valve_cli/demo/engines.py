@@ -30,7 +30,7 @@ PASSAGES = Path(__file__).with_name("data") / "passages.txt"
 
 
 def engine_environment(settings: Settings, base: dict[str, str]) -> dict[str, str]:
-    """Environment of both engines: offline hub, the same thread count, no usage reports.
+    """Environment of both engines: no hub, no usage reports, no binding to cores.
 
     The worker runs in the scheduler's process in every phase, as it must under Valve, so that
     the phases compare like with like: with VLLM_ENABLE_V1_MULTIPROCESSING=0 vLLM's CPU platform
@@ -40,8 +40,6 @@ def engine_environment(settings: Settings, base: dict[str, str]) -> dict[str, st
         "TRANSFORMERS_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
-        "OMP_NUM_THREADS": str(settings.flags.threads),
-        "GOMP_SPINCOUNT": str(settings.flags.spin_count),
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # its automatic binding would leave one of two cores out
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VALVE_KV_FLOOR_BLOCKS": str(settings.flags.online_floor_blocks),
@@ -85,7 +83,13 @@ class OnlineEngine:
             "--disable-uvicorn-access-log",
         ]
         return cls(
-            await Child.start("the online engine", command, settings.logs / f"online-{tag}.log", env), port
+            await Child.start(
+                "the online engine",
+                command,
+                settings.logs / f"online-{tag}.log",
+                env | {"OMP_NUM_THREADS": str(flags.online_threads)},
+            ),
+            port,
         )
 
     async def ready(self) -> None:
@@ -151,6 +155,7 @@ class OfflineEngine:
             "--prefix-caching",
         ]
         log = settings.logs / f"offline-{tag}.log"
+        env = env | {"OMP_NUM_THREADS": str(flags.offline_threads)}
         return cls(await Child.start("the offline engine", command, log, env, stdin=True), report)
 
     def poll(self) -> None:

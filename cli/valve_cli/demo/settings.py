@@ -64,12 +64,11 @@ class EngineFlags:
     batched_tokens: int = 512
     offline_batched_tokens: int = 1024
     block_size: int = 32
-    threads: int = 2
-    spin_count: int = 20_000
-    """GOMP_SPINCOUNT of both engines in every phase.  OpenMP's threads wait for each other by
-    spinning.  With libgomp's default (milliseconds) two engines on the same cores lose a time slice
-    at each barrier and the naive phase all but stands still, which would be a straw man; with too
-    little an engine that is alone sleeps at each barrier.  This is a few hundred microseconds."""
+    online_threads: int = 1
+    """OpenMP threads, the same in every phase.  One is vLLM's own choice on two cores (it keeps a
+    core for the HTTP server); two would wait for each other at every barrier, and in the naive
+    phase all but stand still."""
+    offline_threads: int = 2
     online_floor_blocks: int = 8
     """KV blocks the online engine keeps when it is idle (Valve phase; 5.6 MiB in bfloat16)."""
     online_idle_return_s: float = 1.0
@@ -93,7 +92,7 @@ class Settings:
     phases: tuple[str, ...] = PHASES
     scaling: Scaling = field(
         default_factory=lambda: Scaling(
-            time=6.0, context=0.12, output=0.16, context_min=48, context_max=512, output_min=8, output_max=96
+            time=6.0, context=0.12, output=0.12, context_min=48, context_max=512, output_min=8, output_max=96
         )
     )
     offline: OfflineLoad = field(default_factory=OfflineLoad)
