@@ -133,7 +133,7 @@ class Load(Model):
     offline_sequences: int
     offline_prompt_tokens: tuple[int, int]
     offline_output_tokens: tuple[int, int]
-    engine_flags: dict[str, str | int]
+    engine_flags: dict[str, str | int | float]
     model: str
     device_memory_bytes: int
     memory_note: str
