@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The inventory of the `cpu` device: always one device, the machine itself.
 
-Threading model: reads two small files of /proc when asked. Caller: main.py, status.
+Threading model: reads two small files of /proc when asked. Caller: memory.py.
 """
 
 from __future__ import annotations

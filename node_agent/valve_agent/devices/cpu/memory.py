@@ -20,9 +20,9 @@ import ctypes
 import os
 import stat
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 
 from valve_agent.devices.base import ArenaError, OutOfDeviceMemory
+from valve_agent.devices.cpu.inventory import CpuInventory
 from valve_agent.wire import SLABS_MAX
 
 QUARANTINE_BYTES = 2 << 20
@@ -166,11 +166,8 @@ class CpuMemoryPool:
 
 def check_fits_machine(device_bytes: int) -> None:
     """Raises OutOfDeviceMemory when the device's memory is more than the machine has."""
-    total = next(
-        int(line.split()[1]) * 1024
-        for line in Path("/proc/meminfo").read_text().splitlines()
-        if line.startswith("MemTotal:")
-    )
+    (machine,) = CpuInventory().devices()
+    total = machine.memory_bytes
     if device_bytes > total:
         most = total * 3 // 4 >> 20
         raise OutOfDeviceMemory(
