@@ -26,13 +26,6 @@ COMMAND = [sys.executable, "-m", "valve_cli.main", "demo"]
 MARK = "VALVE_TEST_MARK"
 
 
-@pytest.fixture(autouse=True)
-def _built() -> None:
-    for path in ("build/engines/bin/python", "build/model/config.json", "build/runtime/lib"):
-        if not (ROOT / path).exists():
-            pytest.skip(f"{path} is missing: run `make e2e`, which builds it")
-
-
 def run_demo(out: Path, *options: str) -> dict[str, Any]:
     """The report of a run; fails with the demo's own words if it does not exit 0."""
     done = subprocess.run(

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,19 +22,12 @@ from valve_cli.demo.main import SHIPPED_TRACE
 from valve_cli.demo.phases import Pair, start_pair
 from valve_cli.demo.processes import Child
 from valve_cli.demo.settings import OfflineLoad, Settings
-from valve_cli.demo.valve_phase import start_agent
+from valve_cli.demo.valve_phase import VALVE, start_agent
 from valve_cli.status import StatusError, read_status
 
 ROOT = Path(__file__).resolve().parents[2]
 POLICY = ROOT / "examples/demo.yaml"
 PATIENCE_S = 90.0
-
-
-@pytest.fixture(autouse=True)
-def _built() -> None:
-    for path in ("build/engines/bin/python", "build/model/config.json", "build/runtime/lib"):
-        if not (ROOT / path).exists():
-            pytest.skip(f"{path} is missing: run `make e2e`, which builds it")
 
 
 class Traffic:
@@ -109,8 +101,7 @@ def test_each_of_the_three_may_be_killed(tmp_path_factory: pytest.TempPathFactor
 
 
 async def scenario(out: Path) -> None:
-    settings = load_policy(POLICY)
-    effective = settings_for(settings)
+    effective = settings_for(load_policy(POLICY))
     run = Settings(
         model=(ROOT / "build/model").absolute(),
         engine_python=(ROOT / "build/engines/bin/python").absolute(),
@@ -130,8 +121,8 @@ async def scenario(out: Path) -> None:
     try:
 
         def wrap(role: str) -> list[str]:
-            valve = [sys.executable, "-m", "valve_cli.main", "run", f"--workload={role}", f"--name={role}"]
-            return [*valve, f"--socket={socket}", f"--runtime={run.runtime}", "--"]
+            options = [f"--workload={role}", f"--name={role}", f"--socket={socket}"]
+            return [*VALVE, "run", *options, f"--runtime={run.runtime}", "--"]
 
         pair = await start_pair(run, engine_environment(run, env), "kill", effective.device_bytes, wrap)
         engine = pair
@@ -152,7 +143,7 @@ async def scenario(out: Path) -> None:
         await until("online service without an agent", lambda: traffic.answered >= answered + 3)
         assert tokens(pair) == at_stop, "offline computed without an agent"
         await agent.stop()
-        agent = await start_agent(run, env, out / "a.sock", out / "events.jsonl")
+        agent = await start_agent(run, env, socket, out / "events.jsonl")
         await until("offline's return", lambda: tokens(engine) > at_stop + 200)
         assert int(pair.offline.info["pid"]) == offline
         assert state(offline) != "X"
