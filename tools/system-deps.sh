@@ -1,12 +1,14 @@
 #!/bin/sh
 # SPDX-License-Identifier: Apache-2.0
-# What Valve needs from the system: a C compiler with headers, Python >= 3.11 with venv.
+# What Valve needs from the system: a C compiler with headers, Python >= 3.11 with venv, and libnuma for
+# vLLM's CPU build (without it vLLM imports, and fails at the first kernel).
 # As root on Debian or Ubuntu it installs what is missing; elsewhere it says what to install.
 set -eu
 python=${1:-python3}
 missing=
 command -v cc >/dev/null 2>&1 || missing="$missing gcc libc6-dev"
 command -v "$python" >/dev/null 2>&1 || missing="$missing python3"
+PATH=$PATH:/sbin ldconfig -p 2>/dev/null | grep -q 'libnuma\.so\.1' || missing="$missing libnuma1"
 "$python" -c 'import ensurepip, venv' >/dev/null 2>&1 || missing="$missing python3-venv"
 if [ -n "$missing" ]; then
     if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1; then

@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -25,7 +26,8 @@ from typing import Any
 
 HERE = Path(__file__).parent
 BRANCHES = ("535", "550", "570", "580", "595")
-SOURCES = sorted([*HERE.glob("*.c"), *HERE.glob("*.h"), HERE / "Makefile"])
+ACTOR = [HERE / name for name in ("actor.py", "driver_api.py", "rm.py")]
+SOURCES = sorted([*HERE.glob("*.c"), *HERE.glob("*.h"), HERE / "Makefile", *ACTOR])
 
 
 class FakeNvError(Exception):
@@ -45,7 +47,9 @@ def build() -> Path:
         done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
         if done.returncode:
             raise FakeNvError(f"the fake driver does not compile: {' '.join(command)}\n{done.stderr}")
-        fresh.chmod(0o755)  # tests run programs of it as another user
+        for path in ACTOR:
+            shutil.copy(path, fresh)
+        fresh.chmod(0o755)  # tests run programs of it as another user, who may not enter the checkout
         with contextlib.suppress(OSError):  # someone else was first; theirs is the same
             fresh.rename(folder)
     return folder
@@ -134,7 +138,7 @@ class Actor:
     def __init__(self, machine: Machine, prefix: tuple[str, ...]) -> None:
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._socket.settimeout(60)
-        command = [*prefix, sys.executable, "-S", str(HERE / "actor.py"), str(theirs.fileno())]
+        command = [*prefix, sys.executable, "-S", str(machine.folder / "actor.py"), str(theirs.fileno())]
         self.process = subprocess.Popen(
             ["sh", "-c", 'ulimit -c 0; exec "$0" "$@"', *machine.prefix(), *command],  # some die of SIGSEGV
             pass_fds=[theirs.fileno()],

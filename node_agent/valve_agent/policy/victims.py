@@ -33,6 +33,8 @@ Request = tuple[int, int]
 
 
 _BIT_OF_DIGIT = bytes.maketrans(b"01", b"\0\1")
+_FEW = 16
+"""Owners of one slab up to which looking them up one by one is quicker than going through all slots."""
 
 
 class SlabView(NamedTuple):
@@ -115,10 +117,7 @@ class _Pool:
                 self.requests.append((tenant, slot))
         self._price = [_price(tokens, request) for request in self.requests]
         self._sizes = list(sizes.values())
-        self._owners = [
-            list(compress(numbers[tenant], bin(owners)[:1:-1].encode().translate(_BIT_OF_DIGIT)))
-            for tenant, owners in sizes
-        ]
+        self._owners = [_pick(numbers[tenant], owners) for tenant, owners in sizes]
         self._groups_of: list[list[int]] = [[] for _ in self.requests]
         for group, members in enumerate(self._owners):
             for request in members:
@@ -254,6 +253,13 @@ def bits(mask: int) -> Iterator[int]:
         low = mask & -mask
         yield low.bit_length() - 1
         mask ^= low
+
+
+def _pick(numbers: Sequence[int], mask: int) -> list[int]:
+    """``numbers`` at the set bits of ``mask``."""
+    if mask.bit_count() <= _FEW:
+        return [numbers[slot] for slot in bits(mask)]
+    return list(compress(numbers, bin(mask)[:1:-1].encode().translate(_BIT_OF_DIGIT)))
 
 
 def _price(tokens: Mapping[int, Sequence[int]], request: Request) -> int:
