@@ -377,8 +377,9 @@ class Pool:
                 self._kill(holder, "its ownership ledger cannot be read")
                 continue
             tokens[holder.id] = copy.tokens
+            owners, pinned = copy.owners, copy.pinned
             views += [
-                SlabView(holder.id, slab, copy.owners(slab), bool(copy.pinned >> slab & 1))
+                SlabView(holder.id, slab, owners[slab], bool(pinned >> slab & 1))
                 for slab in bits(holder.held)
             ]
         operation.choice = choose(views, need, tokens)

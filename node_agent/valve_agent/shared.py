@@ -19,7 +19,6 @@ import enum
 import fcntl
 import mmap
 import os
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -196,16 +195,8 @@ class LedgerCopy:
     """tokens[r]: tokens to recompute if request slot r is lost (0: free slot or nothing to lose)."""
     pinned: int
     """Bit s: slab s must never be reclaimed."""
-    _owners: bytes
-
-    def owners(self, slab: int) -> int:
-        """Bit r: request slot r owns part of `slab`. Raises IndexError outside the arena."""
-        if not 0 <= slab < self.slabs:
-            raise IndexError(f"slab {slab} is outside an arena of {self.slabs}")
-        return int.from_bytes(self._owners[slab * _OWNERS_BYTES : (slab + 1) * _OWNERS_BYTES], "little")
-
-    def owners_of(self, slabs: Iterable[int]) -> dict[int, int]:
-        return {slab: self.owners(slab) for slab in slabs}
+    owners: tuple[int, ...]
+    """owners[s], bit r: request slot r owns part of slab s."""
 
 
 class Ledger:
@@ -247,7 +238,13 @@ class Ledger:
             raw = self._map[start : start + size]
             if self.updates == before:
                 tokens = memoryview(raw)[:_TOKENS_BYTES].cast("I")
-                owners = _TOKENS_BYTES + _PINNED_BYTES
-                pinned = int.from_bytes(raw[_TOKENS_BYTES:owners], "little")
-                return LedgerCopy(before, self.slabs, tuple(tokens), pinned, raw[owners:])
+                first = _TOKENS_BYTES + _PINNED_BYTES
+                pinned = int.from_bytes(raw[_TOKENS_BYTES:first], "little")
+                owners = tuple(
+                    [
+                        int.from_bytes(raw[at : at + _OWNERS_BYTES], "little")
+                        for at in range(first, len(raw), _OWNERS_BYTES)
+                    ]
+                )
+                return LedgerCopy(before, self.slabs, tuple(tokens), pinned, owners)
         raise SharedMemoryError(f"the ledger changed {_READ_ATTEMPTS} times while it was read")

@@ -176,7 +176,8 @@ class Adapter:
             queued = int(processor.input_queue.qsize())
             return len(scheduler.active_requests) + len(scheduler.waiting_requests) + queued
 
-        if self._activity.settle(present, self._gap.longest_ns(time.monotonic())):
+        self._activity.settle(present, self._gap.longest_ns(time.monotonic()))
+        if not self._activity.busy:
             self._gap.rest()
 
 

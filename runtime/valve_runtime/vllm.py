@@ -267,8 +267,10 @@ class Plugin:
 
     def _settle(self, scheduler: Any) -> None:
         gap_ns = self.gap.longest_ns(time.monotonic())
-        if self.activity.settle(lambda: sum(scheduler.get_request_counts()), gap_ns):
-            self.gap.rest()
+        news = self.activity.settle(lambda: sum(scheduler.get_request_counts()), gap_ns)
+        if not self.activity.busy:
+            self.gap.rest()  # also after the empty step that an engine runs behind its last request
+        if news:
             tenant = self._tenant_of(scheduler)
             if tenant is not None:
                 tenant.publish()

@@ -344,16 +344,14 @@ def test_the_ledger_is_read_whole_or_not_at_all(offline: Opened) -> None:
     assert first.updates == 1
     assert (first.tokens[0], first.tokens[1023], first.tokens[1]) == (100, 7, 0)
     assert first.pinned == 1 << 2
-    assert first.owners_of(range(8)) == {
-        0: 0, 1: 0, 2: 0, 3: 1 | 1 << 1023, 4: 1 << 64, 5: 0, 6: 0, 7: 0,
-    }  # fmt: skip
+    assert first.owners == (0, 0, 0, 1 | 1 << 1023, 1 << 64, 0, 0, 0)
     victim.ask("ledger request:5:50 own:1:5")  # stopped here: not committed
     assert arena.ledger.read() == first
     victim.ask("ledger request:6:60 own:1:6 commit")
     second = arena.ledger.read()
     assert second.updates == 2
-    assert second.owners(1) == 1 << 6
+    assert second.owners[1] == 1 << 6
     assert second.tokens[5] == 0, "the abandoned draft left nothing"
-    assert second.owners(3) == 0
+    assert second.owners[3] == 0
     victim.ask("ledger request:1024:1 own:8:0 own:0:1024 pin:8 commit")  # outside: ignored
-    assert arena.ledger.read().owners_of(range(8)) == dict.fromkeys(range(8), 0)
+    assert arena.ledger.read().owners == (0,) * 8

@@ -104,7 +104,7 @@ def test_offline_comes_back_with_its_arena(agent: FakeAgent, start: Start, varia
     assert os.fstat(quarantine).st_size == SLAB_BYTES
     assert os.pread(memory, 1, 3 * SLAB_BYTES) == b"\x2a"
     ledger = Ledger(ledger_fd, 8)
-    assert ledger.read().owners(3) == 1 << 9
+    assert ledger.read().owners[3] == 1 << 9
     ledger.close()
     for fd in link.fds:
         os.close(fd)

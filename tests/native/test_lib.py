@@ -80,7 +80,7 @@ def test_online_through_python(agent: FakeAgent, bundle: Path, library: Path) ->
             assert process.poll() is None
         assert link.page.tokens == 12
         ledger = arena.ledger.read()
-        assert (ledger.tokens[4], ledger.owners(2), ledger.pinned) == (40, 1 << 4, 1)
+        assert (ledger.tokens[4], ledger.owners[2], ledger.pinned) == (40, 1 << 4, 1)
         assert arena.byte(2) == ord("Z")
         link.reclaim({2})
         process.stdin.write(b"\n")

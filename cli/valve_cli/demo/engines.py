@@ -30,7 +30,7 @@ PASSAGES = Path(__file__).with_name("data") / "passages.txt"
 
 
 def engine_environment(settings: Settings, base: dict[str, str]) -> dict[str, str]:
-    """Environment of both engines: no hub, no usage reports, no binding to cores.
+    """Environment of both engines: no hub, no usage reports, one compute thread on the device's core.
 
     The worker runs in the scheduler's process in every phase, as it must under Valve, so that
     the phases compare like with like: with VLLM_ENABLE_V1_MULTIPROCESSING=0 vLLM's CPU platform
@@ -40,7 +40,8 @@ def engine_environment(settings: Settings, base: dict[str, str]) -> dict[str, st
         "TRANSFORMERS_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # its automatic binding would leave one of two cores out
+        "VLLM_CPU_OMP_THREADS_BIND": str(settings.core),
+        "OMP_NUM_THREADS": "1",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VALVE_KV_FLOOR_BLOCKS": str(settings.flags.online_floor_blocks),
         "VALVE_KV_IDLE_RETURN_S": str(settings.flags.online_idle_return_s),
@@ -87,7 +88,7 @@ class OnlineEngine:
                 "the online engine",
                 command,
                 settings.logs / f"online-{tag}.log",
-                env | {"OMP_NUM_THREADS": str(flags.online_threads)},
+                env,
             ),
             port,
         )
@@ -155,7 +156,6 @@ class OfflineEngine:
             "--prefix-caching",
         ]
         log = settings.logs / f"offline-{tag}.log"
-        env = env | {"OMP_NUM_THREADS": str(flags.offline_threads)}
         return cls(await Child.start("the offline engine", command, log, env, stdin=True), report)
 
     def poll(self) -> None:

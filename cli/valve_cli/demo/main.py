@@ -11,6 +11,7 @@ import argparse
 import asyncio
 import dataclasses
 import datetime
+import json
 import os
 import re
 import shlex
@@ -214,6 +215,7 @@ class Demo:
                 self._records["valve"] = self._valve.phase
         report = self._report(arrivals, started, time.monotonic() - begin)
         (settings.out / "report.json").write_text(report.to_json(), encoding="utf-8")
+        self._write_requests(settings.logs / "requests.jsonl")
         page = settings.out / "report.html"
         write_html(page, report, self._records, self._valve, settings.slab_bytes)
         summary.show(report, self._console)
@@ -237,6 +239,14 @@ class Demo:
             progress.begin("start", "the engines stop", 5.0)
         finally:
             await pair.stop()
+
+    def _write_requests(self, path: Path) -> None:
+        """Every online request of every phase, for whoever wants to look behind the figures."""
+        with path.open("w", encoding="utf-8") as lines:
+            for name, record in self._records.items():
+                for request in record.requests:
+                    line = {"phase": name, **dataclasses.asdict(request)}
+                    lines.write(json.dumps(line) + "\n")
 
     def _one_line(self, name: str) -> str:
         phase = measure.phase_report(self._records[name])

@@ -9,6 +9,7 @@ line and the policy; the report carries it.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -64,14 +65,9 @@ class EngineFlags:
     batched_tokens: int = 512
     offline_batched_tokens: int = 1024
     block_size: int = 32
-    online_threads: int = 1
-    """OpenMP threads, the same in every phase.  One is vLLM's own choice on two cores (it keeps a
-    core for the HTTP server); two would wait for each other at every barrier, and in the naive
-    phase all but stand still."""
-    offline_threads: int = 2
-    online_floor_blocks: int = 8
-    """KV blocks the online engine keeps when it is idle (Valve phase; 5.6 MiB in bfloat16)."""
-    online_idle_return_s: float = 1.0
+    online_floor_blocks: int = 2
+    """KV blocks the online engine keeps when it is idle (Valve phase; 1.4 MiB in bfloat16)."""
+    online_idle_return_s: float = 0.5
     """How long it keeps what it no longer needs (Valve phase)."""
 
 
@@ -92,11 +88,14 @@ class Settings:
     phases: tuple[str, ...] = PHASES
     scaling: Scaling = field(
         default_factory=lambda: Scaling(
-            time=6.0, context=0.12, output=0.12, context_min=48, context_max=512, output_min=8, output_max=96
+            time=6.0, context=0.08, output=0.1, context_min=32, context_max=384, output_min=8, output_max=80
         )
     )
     offline: OfflineLoad = field(default_factory=OfflineLoad)
     flags: EngineFlags = field(default_factory=EngineFlags)
+    core: int = field(default_factory=lambda: max(os.sched_getaffinity(0)))
+    """The CPU that stands for the device: the compute threads of both engines are bound to it, in every
+    phase.  The other CPUs are the host's: HTTP servers, the agent, the load."""
     naive_online_share: float = 0.25
     """Static split of the device's memory in the naive phase: online's part."""
     fault: str = ""

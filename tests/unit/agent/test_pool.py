@@ -17,7 +17,6 @@ from valve_agent.shared import LedgerCopy
 from valve_agent.wire import REQUESTS_MAX, Role, bits
 
 SLABS = 32
-OWNERS_BYTES = REQUESTS_MAX // 8
 
 
 @dataclass
@@ -47,10 +46,7 @@ class World:
     def ledger(self, holder: Holder) -> LedgerCopy | None:
         if holder.id in self.unreadable:
             return None
-        owners = b"".join(
-            self.owners.get((holder.id, slab), 0).to_bytes(OWNERS_BYTES, "little")
-            for slab in range(holder.slabs)
-        )
+        owners = tuple(self.owners.get((holder.id, slab), 0) for slab in range(holder.slabs))
         tokens = tuple(range(REQUESTS_MAX))
         return LedgerCopy(1, holder.slabs, tokens, self.pinned.get(holder.id, 0), owners)
 
