@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -97,6 +99,36 @@ def test_cycle_after_cycle(
             pause(compute, [target])
             assert not moved_in(victim, 0.001), f"cycle {cycle}: it executed after pause returned"
             compute.resume([target])
+
+
+def test_a_leader_that_gets_no_cpu_is_not_waited_for(start_victims: Callable[..., Victim]) -> None:
+    """It shares a CPU with a busy process and has the least right to it, so it cannot reach T soon."""
+    victim = start_victims("wait")
+    compute = CpuCompute()
+    cpu = min(os.sched_getaffinity(0))
+    hog = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        os.sched_setaffinity(hog.pid, {cpu})
+        os.sched_setaffinity(victim.pid, {cpu})  # the leader; the counting threads run where they like
+        os.sched_setscheduler(victim.pid, os.SCHED_IDLE, os.sched_param(0))
+        unstopped = 0
+        with controlled(compute, victim) as target:
+            for cycle in range(100):
+                wait_until_it_counts(victim)
+                pause(compute, [target])
+                unstopped += leader_state(victim) != "T"
+                assert list(compute.running([target])) == [], "a flagged leader counts as running"
+                assert not moved_in(victim, 0.001), f"cycle {cycle}: it executed after pause returned"
+                compute.resume([target])
+        assert unstopped > 0, "the leader always stopped in time: nothing was shown"
+    finally:
+        hog.kill()
+        hog.wait()
+
+
+def leader_state(victim: Victim) -> str:
+    stat = Path(f"/proc/{victim.pid}/task/{victim.pid}/stat").read_text()
+    return stat[stat.rindex(")") + 2]
 
 
 def test_the_check_has_power(start_victims: Callable[..., Victim]) -> None:

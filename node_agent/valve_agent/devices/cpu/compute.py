@@ -13,11 +13,14 @@ thread stopped would need each of them to be scheduled in first, which takes lon
 * The fast path looks only at the thread-group leader: the kernel prefers it for the signal. A leader that
   sleeps must be given a CPU to take it, against its own computing siblings, so until it resumes it has the
   shortest scheduling slice: then it gets its turn at once and not after theirs.
-* A process that is not registered for the barrier is confirmed thread by thread.
-* A leader that is a zombie or sits in an uninterruptible wait (vfork) while siblings compute, or that has
-  not stopped within `ESCALATE_NS`, is not waited for: every thread gets a SIGSTOP of its own, because the one
-  of the process may be waiting for the leader, and the threads are read one by one. A thread in state D
-  that was signalled counts as off: it executes nothing, and its way back leads through the signal.
+* A leader that has not stopped within `ESCALATE_NS`, because it waits for a CPU that an online thread has,
+  or is a zombie, or sits in an uninterruptible wait (vfork), is not waited for. Every thread gets a SIGSTOP
+  of its own: one that executes is interrupted by the barrier, one that does not has the signal to take before
+  its next user instruction. A thread with a signal pending cannot make another thread (the kernel restarts
+  its clone after the signal), so the list of threads is whole when it shows none that has not been signalled.
+* A process that is not registered for the barrier is confirmed thread by thread, by the state of each. A
+  thread in state D that was signalled counts as off: it executes nothing, and its way back leads through
+  the signal.
 
 Threading model: the gate's only thread. Caller: gate.py, tests. Standard library only.
 """
@@ -36,7 +39,8 @@ POLL_S = 20e-6
 """Between two looks at the leaders. Looking without a pause would keep the CPU from them."""
 SHORT_SLICE_NS = 100_000
 SLOW_POLL_S = 200e-6
-ESCALATE_NS = 1_000_000
+ESCALATE_NS = 300_000
+"""How long a leader is waited for; flagging 50 threads takes about as long again."""
 PAUSE_TIMEOUT_NS = 20_000_000
 """How long one `pause` may keep the gate's thread."""
 
@@ -114,16 +118,17 @@ class CpuCompute:
         fence = bool(pending)
         while pending:
             _sleep(POLL_S)
+            late = _clock() - started > ESCALATE_NS
             waiting: list[ProcessTarget] = []
             for target in pending:
                 code = self._leader_state(target)
                 if code == _STOPPED or target.gone:
                     continue
-                (singly if code in _NO_WITNESS else waiting).append(target)
+                if late or code in _NO_WITNESS:
+                    self._flag_threads(target, started)
+                else:
+                    waiting.append(target)
             pending = waiting
-            if pending and _clock() - started > ESCALATE_NS:
-                singly += pending
-                break
         if singly:
             self._pause_singly(singly, started)
         if fence and not membarrier_global_expedited():
@@ -144,14 +149,17 @@ class CpuCompute:
                 target.gone = True
 
     def running(self, targets: Sequence[ProcessTarget]) -> Sequence[ProcessTarget]:
-        """Paused targets that somebody continued. Where the leader is no witness (zombie, D), the threads
-        are."""
+        """Paused targets that somebody continued. Where the leader is no witness (zombie, D, or still waiting
+        for a CPU to stop on), the threads are."""
         suspects = []
         for target in targets:
             state = self._leader_state(target)
             if state == _STOPPED or target.gone:
                 continue
-            if any(code not in _OFF for code in self._thread_states(target).values()):
+            states = self._thread_states(target)
+            if _STOPPED in states.values():
+                continue  # the stop of the whole process is in force; SIGCONT would have ended it for all
+            if any(code not in _OFF and not self._is_flagged(target, tid) for tid, code in states.items()):
                 suspects.append(target)
         return suspects
 
@@ -165,6 +173,16 @@ class CpuCompute:
             return 0
         return self._buffer[self._buffer.rfind(b")", 0, size) + 2]
 
+    def _is_flagged(self, target: ProcessTarget, tid: int) -> bool:
+        """A SIGSTOP of its own waits for this thread, to be taken before its next user instruction."""
+        try:
+            with open(f"/proc/{target.pid}/task/{tid}/status", "rb") as status:
+                lines = status.read().splitlines()
+        except (ProcessLookupError, FileNotFoundError):
+            return True
+        pending = next(line for line in lines if line.startswith(b"SigPnd:"))
+        return bool(int(pending.split()[1], 16) >> (_stop - 1) & 1)
+
     def is_gone(self, target: ProcessTarget) -> bool:
         """The whole process has ended (a zombie leader with live threads has not)."""
         try:
@@ -173,45 +191,62 @@ class CpuCompute:
             return True
         return False
 
-    def _thread_states(self, target: ProcessTarget) -> dict[int, int]:
-        """tid -> state letter of every thread that lives."""
-        states: dict[int, int] = {}
+    def _threads(self, target: ProcessTarget) -> list[str]:
+        """The ids of its threads; none once it is gone."""
         try:
             task_fd = os.open("task", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=target.proc_fd)
         except (ProcessLookupError, FileNotFoundError):
             target.gone = self.is_gone(target)
-            return states
+            return []
         try:
-            for tid in os.listdir(task_fd):
-                try:
-                    fd = os.open(f"{tid}/stat", os.O_RDONLY | os.O_CLOEXEC, dir_fd=task_fd)
-                except (ProcessLookupError, FileNotFoundError):
-                    continue
-                try:
-                    size = _preadv(fd, self._into, 0)
-                except ProcessLookupError:
-                    continue
-                finally:
-                    os.close(fd)
-                states[int(tid)] = self._buffer[self._buffer.rfind(b")", 0, size) + 2]
+            return os.listdir(task_fd)
         finally:
             os.close(task_fd)
+
+    def _thread_states(self, target: ProcessTarget) -> dict[int, int]:
+        """tid -> state letter of every thread that lives."""
+        states: dict[int, int] = {}
+        for tid in self._threads(target):
+            try:
+                fd = os.open(f"task/{tid}/stat", os.O_RDONLY | os.O_CLOEXEC, dir_fd=target.proc_fd)
+            except (ProcessLookupError, FileNotFoundError):
+                continue
+            try:
+                size = _preadv(fd, self._into, 0)
+            except ProcessLookupError:
+                continue
+            finally:
+                os.close(fd)
+            states[int(tid)] = self._buffer[self._buffer.rfind(b")", 0, size) + 2]
         return states
 
     def _all_off(self, target: ProcessTarget, states: dict[int, int]) -> bool:
-        """No thread executes user code, but for what one barrier still has to interrupt."""
-        codes = states.values()
-        if target.gone or (target.barrier and _STOPPED in codes):
+        """No thread executes user code."""
+        if target.gone:
             return True
-        if not states or any(code not in _OFF for code in codes):
+        if not states or any(code not in _OFF for code in states.values()):
             return False
         # A thread born between listing and reading is flagged if anything is in T, but perhaps not
         # stopped: the set must be the same after the reading as before it.
         again = self._thread_states(target)
         return again.keys() == states.keys() and all(code in _OFF for code in again.values())
 
+    def _flag_threads(self, target: ProcessTarget, started: int) -> None:
+        """Give every thread a SIGSTOP of its own. Raises PauseTimeout if new ones keep coming."""
+        flagged: set[str] = set()
+        while True:
+            fresh = set(self._threads(target)) - flagged
+            if not fresh:
+                return
+            for tid in fresh:
+                tgkill(target.pid, int(tid), _stop)
+            flagged |= fresh
+            if _clock() - started > PAUSE_TIMEOUT_NS:
+                why = {target.pid: f"it keeps making threads ({len(flagged)} signalled)"}
+                raise PauseTimeout([target.pid], (_clock() - started) / 1e3, why)
+
     def _pause_singly(self, targets: Sequence[ProcessTarget], started: int) -> None:
-        """Confirm by reading every thread. Raises PauseTimeout."""
+        """Confirm by reading every thread: for what no barrier interrupts. Raises PauseTimeout."""
         signalled: set[tuple[int, int]] = set()
         pending = list(targets)
         while True:
