@@ -65,9 +65,9 @@ class EngineFlags:
     batched_tokens: int = 512
     offline_batched_tokens: int = 1024
     block_size: int = 32
-    online_floor_blocks: int = 2
-    """KV blocks the online engine keeps when it is idle (Valve phase; 1.4 MiB in bfloat16)."""
-    online_idle_return_s: float = 0.5
+    online_floor_blocks: int = 1
+    """KV blocks the online engine keeps when it is idle (Valve phase; 0.7 MiB in bfloat16)."""
+    online_idle_return_s: float = 0.2
     """How long it keeps what it no longer needs (Valve phase)."""
 
 
@@ -88,7 +88,7 @@ class Settings:
     phases: tuple[str, ...] = PHASES
     scaling: Scaling = field(
         default_factory=lambda: Scaling(
-            time=6.0, context=0.08, output=0.1, context_min=32, context_max=384, output_min=8, output_max=80
+            time=6.0, context=0.11, output=0.1, context_min=32, context_max=384, output_min=8, output_max=80
         )
     )
     offline: OfflineLoad = field(default_factory=OfflineLoad)
