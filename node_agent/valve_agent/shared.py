@@ -76,7 +76,8 @@ class LedgerLayout(ctypes.LittleEndianStructure):
         ("slabs", ctypes.c_uint32),
         ("active", ctypes.c_uint32),
         ("updates", ctypes.c_uint64),
-        ("unused", ctypes.c_uint8 * 40),
+        ("base", ctypes.c_uint64),
+        ("unused", ctypes.c_uint8 * 32),
     )
 
 
@@ -236,6 +237,11 @@ class Ledger:
     @property
     def updates(self) -> int:
         return int(self._at.updates)
+
+    @property
+    def base(self) -> int:
+        """Where the arena lies in the process; 0 on a device whose agent need not know."""
+        return int(self._at.base)
 
     def read(self) -> LedgerCopy:
         """The copy in force. Raises SharedMemoryError if the writer outpaces the reader (a stopped

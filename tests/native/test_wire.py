@@ -32,6 +32,13 @@ MIRRORS: dict[str, tuple[type[ctypes.Structure], ...]] = {
     "arena_restore": (wire.ArenaRestore,),
     "want": (wire.Want,),
     "slabs": (wire.Grant, wire.Reclaim, wire.Reclaimed, wire.Return),
+    "memory_open": (wire.MemoryOpen,),
+    "memory": (wire.Memory,),
+    "memory_mapped": (wire.MemoryMapped,),
+    "memory_ready": (wire.MemoryReady,),
+    "memory_map": (wire.MemoryMap,),
+    "memory_quarantine": (wire.MemoryQuarantine,),
+    "memory_done": (wire.MemoryDone,),
     "tenant": (wire.Tenant,),
     "tenant_ok": (wire.TenantOk,),
     "page": (shared.PageLayout,),
@@ -42,6 +49,7 @@ ENUMS: dict[str, type[enum.IntEnum]] = {
     "valve_device": wire.Device,
     "valve_type": wire.Type,
     "valve_reject_code": wire.RejectCode,
+    "valve_memory_route": wire.MemoryRoute,
 }
 
 
@@ -99,13 +107,13 @@ def test_enums_and_constants(compiled: dict[str, tuple[int, ...]]) -> None:
         body = re.search(rf"^enum {name} \{{(.*?)\}}", HEADER, re.S | re.M)
         assert body is not None
         for constant in re.findall(r"(VALVE_\w+) = ", body.group(1)):
-            member = re.sub(r"^VALVE_(ROLE_|DEVICE_)?", "", constant)
+            member = re.sub(r"^VALVE_(ROLE_|DEVICE_|MEMORY_(?=BY_))?", "", constant)
             assert compiled[constant] == (mirror[member].value,), constant
         assert len(mirror) == len(re.findall(r"(VALVE_\w+) = ", body.group(1)))
     flags = {name.removeprefix("VALVE_HELLO_"): compiled[name][0] for name in constants() if "HELLO_" in name}
     assert flags == {flag.name: flag.value for flag in wire.HelloFlag}
     for name in ("MAGIC", "VERSION_MIN", "VERSION_MAX", "SLABS_MAX", "BITMAP_WORDS", "REQUESTS_MAX",
-                 "TEXT_BYTES", "NAME_BYTES"):  # fmt: skip
+                 "TEXT_BYTES", "NAME_BYTES", "MEMORY_BATCH"):  # fmt: skip
         assert compiled[f"VALVE_{name}"] == (getattr(wire, name),)
     for slabs in (1, 96, 4096):
         assert compiled[f"VALVE_LEDGER_BYTES({slabs}ull)"] == (shared.ledger_bytes(slabs),)

@@ -46,6 +46,14 @@ enum valve_type {
     VALVE_TENANT = 12,       /* launcher -> agent: my descendants are this tenant      */
     VALVE_TENANT_OK = 13,    /* agent -> launcher                                      */
     VALVE_DENIED = 14,       /* agent -> runtime: ARENA_OPEN refused; connection lives */
+    /* 32..: the memory connection of a process on a GPU; see valve_memory_open */
+    VALVE_MEMORY_OPEN = 32,       /* runtime -> agent: first frame of a memory connection    */
+    VALVE_MEMORY = 33,            /* agent -> runtime: fd {quarantine}                       */
+    VALVE_MEMORY_MAPPED = 34,     /* runtime -> agent: where it lies; fds {uvm, ...}         */
+    VALVE_MEMORY_READY = 35,      /* agent -> runtime: who remaps from here on               */
+    VALVE_MEMORY_MAP = 36,        /* agent -> runtime: map these now; one fd per slab        */
+    VALVE_MEMORY_QUARANTINE = 37, /* agent -> runtime: map quarantine there now              */
+    VALVE_MEMORY_DONE = 38,       /* runtime -> agent: what became of the last two           */
 };
 
 enum valve_reject_code {
@@ -134,6 +142,64 @@ struct valve_slabs {
     struct valve_bitmap set;
 };
 
+/* On a GPU the arena is device memory, which only a thread with a CUDA context can reserve: the
+ * engine's own.  It opens a second connection, the memory connection, whose peer (SO_PEERCRED) must
+ * be a process that said HELLO:
+ *
+ *   MEMORY_OPEN -> MEMORY | DENIED;  reserve, map quarantine everywhere;  MEMORY_MAPPED -> MEMORY_READY | DENIED
+ *
+ * and then ARENA_OPEN on the ordinary connection, whose ARENA brings {uvm, quarantine, ledger}. */
+struct valve_memory_open {
+    struct valve_header header;
+    uint64_t slabs;
+    uint8_t gpu[16]; /* UUID of the GPU of the thread's context */
+};
+
+struct valve_memory {
+    struct valve_header header;
+    uint64_t slabs;
+    uint64_t slab_bytes;
+    uint64_t quarantine_bytes; /* size of the quarantine allocation: one slab */
+};
+
+struct valve_memory_mapped {
+    struct valve_header header;
+    uint64_t base;
+    uint64_t slabs;
+};
+
+enum valve_memory_route {
+    VALVE_MEMORY_BY_AGENT = 1,  /* through the process's UVM file: nothing more comes here */
+    VALVE_MEMORY_BY_TENANT = 2, /* through libcuda: MAP and QUARANTINE come here */
+};
+
+struct valve_memory_ready {
+    struct valve_header header;
+    uint32_t route; /* enum valve_memory_route */
+    uint32_t reserved;
+};
+
+#define VALVE_MEMORY_BATCH 3u
+struct valve_memory_map {
+    struct valve_header header;
+    uint64_t id;
+    uint32_t count; /* slabs, and descriptors */
+    uint32_t slab[VALVE_MEMORY_BATCH];
+};
+
+struct valve_memory_quarantine {
+    struct valve_header header;
+    uint64_t id;
+    struct valve_bitmap set;
+};
+
+struct valve_memory_done {
+    struct valve_header header;
+    uint64_t id;
+    uint32_t result; /* 0, or the CUresult of what failed: nothing may run any more */
+    uint32_t reserved;
+};
+
 struct valve_tenant {
     struct valve_header header;
     uint16_t version_min;
@@ -190,7 +256,8 @@ struct valve_ledger {
     uint32_t slabs;
     uint32_t active;    /* 0 or 1 */
     uint64_t updates;   /* +1 at every store of `active` */
-    uint8_t unused[40]; /* header is 64 bytes */
+    uint64_t base;      /* GPU: where the arena lies in the process; a later agent must know */
+    uint8_t unused[32]; /* header is 64 bytes */
 };
 #define VALVE_LEDGER_COPY_BYTES(slabs) \
     (4ull * VALVE_REQUESTS_MAX + 8ull * VALVE_BITMAP_WORDS + (slabs) * (VALVE_REQUESTS_MAX / 8ull))
