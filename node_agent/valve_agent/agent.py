@@ -29,6 +29,7 @@ from valve_agent.pool import Holder, Pool
 from valve_agent.registry import Link, Memory, Process, Registry, Scan, Tenant
 from valve_agent.server import Server
 from valve_agent.shared import Ledger, LedgerCopy, Page, SharedMemoryError, ledger_bytes
+from valve_agent.slab_moves import SlabMoves
 from valve_agent.wire import RejectCode, Role, bits
 
 SCAN_NS = 1_000_000_000
@@ -38,6 +39,8 @@ SLICE_NS = 100_000
 """Turns of a helper on the CPU: an online request waits for it in a reclaim, and short turns come soon."""
 REJECTS_LOGGED_PER_MINUTE = 120
 """Anybody may connect and be refused; the log must not fill the disk for it."""
+_POOL, _MOVES = "pool", "moves"
+"""Who asked for a hold."""
 COUNTERS = ("requests", "tokens", "recomputed", "lost_blocks", "recomputed_tokens")
 
 
@@ -49,6 +52,8 @@ class Agent:
     """See the module. `pool` is set by main after construction: each needs the other."""
 
     pool: Pool
+    moves: SlabMoves | None = None
+    """Set by main where the agent maps memory itself (nvidia)."""
 
     def __init__(
         self,
@@ -74,6 +79,8 @@ class Agent:
         self.device = device
         self.started_ns = clock()
         self.paused = True
+        self.holds_standing = 0
+        """Offline is paused and evicted until as many releases."""
         self.retired: dict[str, dict[str, int]] = {}
         """Tenant -> counters of processes that are gone."""
         self.closing = False
@@ -106,6 +113,12 @@ class Agent:
             if isinstance(frame, wire.Hello):
                 self._on_hello(connection, frame)
                 return
+            if isinstance(frame, wire.MemoryOpen) and self.moves is not None:
+                self.moves.on_open(connection, frame)
+                return
+        if connection.kind is Kind.MEMORY and self.moves is not None:
+            self.moves.on_frame(connection, frame, fds)
+            return
         process = self._by_connection.get(connection.id)
         if process is not None:
             if isinstance(frame, wire.ArenaOpen):
@@ -121,7 +134,7 @@ class Agent:
                     self.pool.on_want(holder, frame.total)
                     return
                 if isinstance(frame, wire.Return):
-                    self.pool.on_return(holder, int(frame.set))
+                    self._give_back(process, int(frame.set))
                     return
                 if isinstance(frame, wire.Reclaimed):
                     self.pool.on_reclaimed(holder, frame.id, int(frame.set))
@@ -147,6 +160,8 @@ class Agent:
         tenant = self._launchers.pop(connection.id, None)
         if tenant is not None and tenant.launcher == connection.id:
             tenant.launcher = None
+        if connection.kind is Kind.MEMORY and self.moves is not None:
+            self.moves.on_closed(connection)
             self.events.emit("tenant-lost", tenant=tenant.name, why=why)
         process = self._by_connection.pop(connection.id, None)
         if process is not None:
@@ -154,7 +169,12 @@ class Agent:
 
     def on_turn(self) -> None:
         while (answer := self._holds.take()) is not None:
-            self.pool.on_held(*answer)
+            who, held, why = answer
+            self.holds_standing += held
+            if who == _MOVES and self.moves is not None:
+                self.moves.on_held(held, why)
+            else:
+                self.pool.on_held(held, why)
         now = self._clock()
         deadline = self.pool.deadline_ns()
         if deadline is not None and now >= deadline:
@@ -162,11 +182,14 @@ class Agent:
         if now - self._scan_ns >= SCAN_NS:
             self._scan_ns = now
             self._every_second(now)
+        if self.moves is not None:
+            self.moves.tick(now)
 
     def deadline_ns(self) -> int | None:
-        deadline = self.pool.deadline_ns()
-        scan = self._scan_ns + SCAN_NS
-        return scan if deadline is None else min(scan, deadline)
+        times = [self._scan_ns + SCAN_NS, self.pool.deadline_ns()]
+        if self.moves is not None:
+            times.append(self.moves.deadline_ns())
+        return min(time for time in times if time is not None)
 
     # Effects: what the pool makes happen ------------------------------------------------------------
 
@@ -177,16 +200,20 @@ class Agent:
             try:
                 self.gate.hold(QUICK_HOLD_S)
             except HoldTimeout:
-                self._holds.ask()
+                self._holds.ask(_POOL)
             else:
-                self._holds.answer(True, "")
+                self._holds.answer(_POOL, True, "")
         else:
-            self._holds.ask()
+            self._holds.ask(_POOL)
+
+    def hold_for_moves(self) -> None:
+        self._holds.ask(_MOVES)
 
     def release(self) -> None:
         self.gate.release()
 
     def ledger(self, holder: Holder) -> LedgerCopy | None:
+        self.holds_standing -= 1
         memory = self._by_holder[holder.id].memory
         assert memory is not None
         try:
@@ -196,7 +223,11 @@ class Agent:
 
     def reclaim(self, holder: Holder, operation: int, mask: int) -> None:
         frame = wire.Reclaim(id=operation, at_ns=self._clock(), set=wire.Bitmap.from_int(mask))
-        self._send_to(self._by_holder[holder.id], frame)
+        process = self._by_holder[holder.id]
+        if self.moves is not None:
+            self.moves.reclaim(process, frame)
+        else:
+            self.send_to(process, frame)
 
     def discard(self, holder: Holder, mask: int) -> None:
         memory = self._by_holder[holder.id].memory
@@ -204,11 +235,16 @@ class Agent:
         try:
             self.memory.discard(memory.arena, bits(mask))
         except ArenaError as error:
+        if self.moves is not None:
+            self.moves.forget(self._by_holder[holder.id], mask)
             self.kill(holder, str(error))
 
     def grant(self, holder: Holder, mask: int) -> None:
-        frame = wire.Grant(id=0, at_ns=self._clock(), set=wire.Bitmap.from_int(mask))
-        self._send_to(self._by_holder[holder.id], frame)
+        process = self._by_holder[holder.id]
+        if self.moves is not None:
+            self.moves.grant(process, mask)
+            return
+        self.send_to(process, wire.Grant(id=0, at_ns=self._clock(), set=wire.Bitmap.from_int(mask)))
 
     def kill(self, holder: Holder, why: str) -> None:
         self._kill(self._by_holder[holder.id], why)
@@ -382,6 +418,8 @@ class Agent:
             return
         self.discard(holder, (1 << holder.slabs) - 1)
         process.memory = None
+        if self.moves is not None:
+            self.moves.gone(process)
         del self._by_holder[holder.id]
         memory.ledger.close()
         os.close(memory.ledger_fd)
@@ -400,7 +438,7 @@ class Agent:
         if process.memory is not None:
             raise wire.BadField("ARENA_OPEN came twice: a process has one arena")
         tenant = process.tenant
-        most = min(tenant.limit_slabs, self.settings.arena_slabs)
+        most = self.arena_limit(process)
         if not 0 < frame.slabs <= most:
             size = f"{frame.slabs * self.settings.slab_bytes >> 20}Mi"
             limit = f"{most * self.settings.slab_bytes >> 20}Mi"
@@ -418,14 +456,14 @@ class Agent:
             )
             return
         try:
-            arena = self.memory.create(int(frame.slabs))
+            arena = self.moves.claim(process) if self.moves else self.memory.create(int(frame.slabs))
         except ArenaError as error:
             self._emit_for(process, "denied", level="error", why=str(error))
             connection.send(
                 wire.Denied(code=RejectCode.EARENA, text=str(error).encode()[: wire.TEXT_BYTES - 1])
             )
             return
-        ledger_fd, ledger = Ledger.create(int(frame.slabs))
+        ledger_fd, ledger = Ledger.create(arena.slabs)
         self._add_memory(process, arena, ledger_fd, ledger, held=0)
         connection.send(
             wire.Arena(
@@ -456,6 +494,8 @@ class Agent:
             for fd in fds:
                 os.close(fd)
             if process.tenant.role == Role.OFFLINE:
+            if self.moves is not None:
+                self.moves.adopt(process, arena, ledger.base, held)
                 self._kill(process, f"its memory cannot be accounted for: {error}")
             raise IdentityError(RejectCode.EARENA, f"the arena cannot be restored: {error}") from error
         self._add_memory(process, arena, fds[2], ledger, held)
@@ -467,13 +507,21 @@ class Agent:
             self._kill(process, "it claims slabs that it was not granted")
             return
         holder.attached = True
-        self.pool.on_return(holder, holder.held & ~claimed)
+        self._give_back(process, holder.held & ~claimed)
         self._emit_for(process, "restore", slabs=claimed.bit_count())
 
     def _add_memory(self, process: Process, arena: Any, ledger_fd: int, ledger: Ledger, held: int) -> None:
         self._holders += 1
         tenant = process.tenant
         holder = Holder(
+    def _give_back(self, process: Process, mask: int) -> None:
+        """The pool takes slabs back that their holder no longer uses; on a GPU once quarantine lies there."""
+        assert process.memory is not None
+        if self.moves is not None:
+            self.moves.give_back(process, mask)
+        else:
+            self.pool.on_return(process.memory.holder, mask)
+
             self._holders, tenant.id, tenant.name, tenant.role, arena.slabs, tenant.limit_slabs, held
         )
         process.memory = Memory(arena, ledger_fd, ledger, holder)
@@ -531,13 +579,30 @@ class Agent:
         for name in COUNTERS:
             kept[name] += getattr(page, name)
 
-    def _send_to(self, process: Process, frame: wire.Frame) -> None:
+    # What slab_moves.py needs ------------------------------------------------------------------------
+
+    def arena_limit(self, process: Process) -> int:
+        return int(min(process.tenant.limit_slabs, self.settings.arena_slabs))
+
+    def returned(self, holder: Holder, mask: int) -> None:
+        self.pool.on_return(holder, mask)
+
+    def send_to(self, process: Process, frame: wire.Frame) -> None:
         if process.link is not None:
             self.server.connections[process.link.connection].send(frame)
 
     def _emit_for(self, process: Process, event: str, *, level: str = "info", **fields: object) -> None:
         self.events.emit(event, level=level, tenant=process.tenant.name, pid=process.pid, **fields)
 
+
+    def kill_process(self, process: Process, why: str) -> None:
+        self._kill(process, why)
+
+    def emit_for(self, process: Process, event: str, *, level: str = "info", **fields: object) -> None:
+        self._emit_for(process, event, level=level, **fields)
+
+    def now_ns(self) -> int:
+        return self._clock()
 
 def _kill(pidfd: int) -> None:
     try:

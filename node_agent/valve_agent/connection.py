@@ -27,6 +27,7 @@ class Kind(enum.Enum):
     NEW = "new"
     LAUNCHER = "launcher"
     RUNTIME = "runtime"
+    MEMORY = "memory connection"
     CLOSED = "closed"
 
 

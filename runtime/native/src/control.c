@@ -154,8 +154,9 @@ static void on_welcome(struct link_packet *packet)
         packet->count = 1;
     }
     loop.lease_ns = frame->lease_ms * VALVE_NS_PER_MS;
-    loop.slab_bytes = frame->slab_bytes;
-    loop.slabs_limit = frame->slabs_limit;
+    loop.slab_bytes = valve.slab_bytes_told = frame->slab_bytes;
+    loop.slabs_limit = valve.slabs_limit = frame->slabs_limit;
+    valve.device = frame->device;
     loop.want_sent = 0;
     atomic_store(&valve.role, (int)frame->role);
     if (loop.told_unreachable || loop.told_refused || loop.stopped)

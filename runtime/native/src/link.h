@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * The connection to the agent as packets.  Called by the control loop only; nothing
- * here waits.
+ * The connection to the agent as packets.  Called by the control loop, and for its own
+ * connection by arena_nvidia.c; nothing here waits.
  */
 #ifndef VALVE_LINK_H
 #define VALVE_LINK_H
