@@ -157,11 +157,11 @@ class Agent:
     def on_closed(self, connection: Connection, why: str) -> None:
         if self.closing:
             return
+        if connection.kind is Kind.MEMORY and self.moves is not None:
+            self.moves.on_closed(connection)
         tenant = self._launchers.pop(connection.id, None)
         if tenant is not None and tenant.launcher == connection.id:
             tenant.launcher = None
-        if connection.kind is Kind.MEMORY and self.moves is not None:
-            self.moves.on_closed(connection)
             self.events.emit("tenant-lost", tenant=tenant.name, why=why)
         process = self._by_connection.pop(connection.id, None)
         if process is not None:
@@ -179,11 +179,11 @@ class Agent:
         deadline = self.pool.deadline_ns()
         if deadline is not None and now >= deadline:
             self.pool.tick()
+        if self.moves is not None:
+            self.moves.tick(now)
         if now - self._scan_ns >= SCAN_NS:
             self._scan_ns = now
             self._every_second(now)
-        if self.moves is not None:
-            self.moves.tick(now)
 
     def deadline_ns(self) -> int | None:
         times = [self._scan_ns + SCAN_NS, self.pool.deadline_ns()]
@@ -210,10 +210,10 @@ class Agent:
         self._holds.ask(_MOVES)
 
     def release(self) -> None:
+        self.holds_standing -= 1
         self.gate.release()
 
     def ledger(self, holder: Holder) -> LedgerCopy | None:
-        self.holds_standing -= 1
         memory = self._by_holder[holder.id].memory
         assert memory is not None
         try:
@@ -232,11 +232,11 @@ class Agent:
     def discard(self, holder: Holder, mask: int) -> None:
         memory = self._by_holder[holder.id].memory
         assert memory is not None
+        if self.moves is not None:
+            self.moves.forget(self._by_holder[holder.id], mask)
         try:
             self.memory.discard(memory.arena, bits(mask))
         except ArenaError as error:
-        if self.moves is not None:
-            self.moves.forget(self._by_holder[holder.id], mask)
             self.kill(holder, str(error))
 
     def grant(self, holder: Holder, mask: int) -> None:
@@ -414,12 +414,12 @@ class Agent:
 
     def _release_memory(self, process: Process) -> None:
         memory, holder = process.memory, process.memory.holder if process.memory else None
+        if self.moves is not None:
+            self.moves.gone(process)
         if memory is None or holder is None:
             return
         self.discard(holder, (1 << holder.slabs) - 1)
         process.memory = None
-        if self.moves is not None:
-            self.moves.gone(process)
         del self._by_holder[holder.id]
         memory.ledger.close()
         os.close(memory.ledger_fd)
@@ -490,12 +490,12 @@ class Agent:
             if process.tenant.role == Role.OFFLINE and held.bit_count() > process.tenant.limit_slabs:
                 raise ArenaError(f"{held.bit_count()} slabs where {process.tenant.limit_slabs} are allowed")
             ledger = Ledger(fds[2], slabs)
+            if self.moves is not None:
+                self.moves.adopt(process, arena, ledger.base, held)
         except (ArenaError, SharedMemoryError) as error:
             for fd in fds:
                 os.close(fd)
             if process.tenant.role == Role.OFFLINE:
-            if self.moves is not None:
-                self.moves.adopt(process, arena, ledger.base, held)
                 self._kill(process, f"its memory cannot be accounted for: {error}")
             raise IdentityError(RejectCode.EARENA, f"the arena cannot be restored: {error}") from error
         self._add_memory(process, arena, fds[2], ledger, held)
@@ -510,10 +510,6 @@ class Agent:
         self._give_back(process, holder.held & ~claimed)
         self._emit_for(process, "restore", slabs=claimed.bit_count())
 
-    def _add_memory(self, process: Process, arena: Any, ledger_fd: int, ledger: Ledger, held: int) -> None:
-        self._holders += 1
-        tenant = process.tenant
-        holder = Holder(
     def _give_back(self, process: Process, mask: int) -> None:
         """The pool takes slabs back that their holder no longer uses; on a GPU once quarantine lies there."""
         assert process.memory is not None
@@ -522,6 +518,10 @@ class Agent:
         else:
             self.pool.on_return(process.memory.holder, mask)
 
+    def _add_memory(self, process: Process, arena: Any, ledger_fd: int, ledger: Ledger, held: int) -> None:
+        self._holders += 1
+        tenant = process.tenant
+        holder = Holder(
             self._holders, tenant.id, tenant.name, tenant.role, arena.slabs, tenant.limit_slabs, held
         )
         process.memory = Memory(arena, ledger_fd, ledger, holder)
@@ -591,10 +591,6 @@ class Agent:
         if process.link is not None:
             self.server.connections[process.link.connection].send(frame)
 
-    def _emit_for(self, process: Process, event: str, *, level: str = "info", **fields: object) -> None:
-        self.events.emit(event, level=level, tenant=process.tenant.name, pid=process.pid, **fields)
-
-
     def kill_process(self, process: Process, why: str) -> None:
         self._kill(process, why)
 
@@ -603,6 +599,10 @@ class Agent:
 
     def now_ns(self) -> int:
         return self._clock()
+
+    def _emit_for(self, process: Process, event: str, *, level: str = "info", **fields: object) -> None:
+        self.events.emit(event, level=level, tenant=process.tenant.name, pid=process.pid, **fields)
+
 
 def _kill(pidfd: int) -> None:
     try:

@@ -48,10 +48,10 @@ struct valve_state {
     _Atomic int role;
     _Atomic int refused; /* offline, in its constructor: the agent will not have this process */
     _Atomic int doorbell; /* descriptor in the process's own table, or -1 */
-    _Atomic uint32_t error_turn;
     uint32_t device;      /* enum valve_device; this and the next two: before the link is UP, from WELCOME */
     uint64_t slab_bytes_told;
     uint32_t slabs_limit;
+    _Atomic uint32_t error_turn;
     char errors[4][VALVE_TEXT_BYTES + 64];
 
     /* Busy state: (sequence << 1) | busy.  Written by the process's threads. */
