@@ -31,8 +31,10 @@ void *valve_arena_open(uint64_t bytes, int timeout_ms, uint64_t *slab_bytes, uin
     uint32_t state = atomic_load(&valve.arena);
     while (state == ARENA_NONE || state == ARENA_REFUSED) {
         atomic_store(&valve.arena_bytes_wanted, bytes);
-        if (atomic_compare_exchange_strong(&valve.arena, &state, ARENA_WANTED))
+        if (atomic_compare_exchange_strong(&valve.arena, &state, ARENA_WANTED)) {
             valve_wake();
+            break; /* whatever it is now is the answer: asking twice would lose it */
+        }
     }
     for (;;) {
         state = atomic_load(&valve.arena);
