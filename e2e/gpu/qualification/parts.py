@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The list of parts: name, question, how often, how long at most.
+
+Threading model: values. Caller: qualify.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from qualification import endure, evict
+from qualification.machine import Machine, Tools
+from qualification.record import Found
+from qualification.xids import XidWatch
+
+Run = Callable[[Machine, Tools, int], Found]
+LIMIT_S = 540
+
+
+@dataclass(frozen=True)
+class Part:
+    name: str
+    question: str
+    call: Run
+    count: int
+    """Cycles on a GPU at scale 1."""
+    fake: int
+    """And on the fake driver, where only the path is of interest."""
+    limit_s: int = LIMIT_S
+
+    def run(self, machine: Machine, tools: Tools, scale: float) -> Found:
+        count = max(1, round((self.fake if machine.is_fake else self.count) * scale))
+        with XidWatch() as xids:
+            found = self.call(machine, tools, count)
+            seen = xids.seen()
+        found.figures["xids"] = seen
+        if xids.problem:
+            found.notes.append(f"Xids were not watched: {xids.problem}")
+        unexpected = [xid for xid in seen if xid not in found.expected_xids]
+        if unexpected and found.verdict in ("pass", "finding"):
+            found.verdict = "fail"
+            found.answer += f"; but Xid {unexpected} was reported"
+        return found
+
+
+PARTS = {
+    part.name: part
+    for part in (
+        Part("e1", "Does DISABLE_CHANNELS alone evict a running kernel?", evict.e1, 200, 5),
+        Part("e2", "All channels of the group, or the launching one only?", evict.e2, 1, 1),
+        Part("e3", "Is PREEMPT or RESTART_RUNLIST needed, and what does each step cost?", evict.e3, 1000, 5),
+        Part(
+            "e4",
+            "Does a kernel go on in the middle, with the right result, 10,000 times?",
+            endure.e4,
+            10_000,
+            20,
+        ),
+        Part("e5", "Are long pauses harmless? (seconds)", endure.e5, 120, 1),
+        Part("e6", "What of a flood of launches into a paused process?", endure.e6, 100_000, 400),
+        Part("e16", "At which points can a kernel be preempted?", evict.e16, 1, 1),
+    )
+}

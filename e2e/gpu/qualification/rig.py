@@ -1,0 +1,399 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Processes of one part, and the side of the agent that they need: a server for libvalve, channel control.
+
+Why it exists: a part wants an offline process with the real libvalve, whose channels it stops itself. So the
+rig is the agent's server reduced to one role; what stops channels is the product's own NvidiaCompute, or the
+real gate process.
+
+Threading model: a part runs in the main thread. One thread serves the connections and writes heartbeats; it
+shares `compute` under `lock`. Everything started here is ended by `close`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import mmap
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import textwrap
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from qualification.machine import Machine, Tools
+from valve_agent import wire
+from valve_agent.devices.nvidia.compute import GpuTarget, NvidiaCompute
+from valve_agent.devices.nvidia.plan import Commit
+from valve_agent.devices.nvidia.routes import ChannelRoute, InProcessRoute, Route
+from valve_agent.devices.nvidia.table import Channel
+from valve_agent.gate_link import GateHandle
+from valve_agent.shared import Page
+
+HERE = Path(__file__).resolve().parent
+LEASE_MS = 3_600_000
+ANSWER_S = 120.0
+SLAB_BYTES = 2 << 20
+
+
+class RigError(Exception):
+    """A process did not come up, or died."""
+
+
+class ActorError(Exception):
+    """The code that was sent to an actor raised; the message is its traceback."""
+
+
+class Actor:
+    """See actor.py. `tenant` actors run under libvalve."""
+
+    def __init__(self, environment: dict[str, str], kernels: str, prefix: tuple[str, ...] = ()) -> None:
+        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._socket.settimeout(ANSWER_S)
+        command = [*prefix, sys.executable, "-S", str(HERE / "actor.py"), str(theirs.fileno())]
+        self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=environment)
+        theirs.close()
+        self.pid = self.process.pid
+        self._kernels = kernels
+
+    def cuda(self) -> Actor:
+        """Make `cu` in it: a context on GPU 0."""
+        self.run(f"cu = Cuda({self._kernels!r})")
+        return self
+
+    def start(self, code: str, fds: tuple[int, ...] = ()) -> None:
+        socket.send_fds(self._socket, [textwrap.dedent(code).encode()], list(fds))
+
+    def finish(self) -> Any:
+        try:
+            data, self.fds, _, _ = socket.recv_fds(self._socket, 1 << 20, 8)
+        except TimeoutError as error:
+            raise RigError(f"process {self.pid} gave no answer within {ANSWER_S:.0f} s") from error
+        if not data:
+            raise RigError(f"process {self.pid} ended with {self.process.wait(10)}")
+        answer = json.loads(data)
+        if "error" in answer:
+            raise ActorError(answer["error"])
+        return answer["result"]
+
+    def run(self, code: str, fds: tuple[int, ...] = ()) -> Any:
+        self.start(code, fds)
+        return self.finish()
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait(30)
+        self._socket.close()
+
+
+class Watch:
+    """A page that a kernel writes, and the observer that looks at it from outside."""
+
+    def __init__(self, folder: Path, observer: Path | None) -> None:
+        handle, name = tempfile.mkstemp(dir=folder)
+        os.ftruncate(handle, 4096)
+        self.path = name
+        self._map = mmap.mmap(handle, 4096)
+        os.close(handle)
+        self._words = memoryview(self._map).cast("Q")
+        self._process = subprocess.Popen([observer, name]) if observer else None
+
+    @property
+    def clock(self) -> int:
+        """What the kernel last wrote: the GPU's clock."""
+        return self._words[0]
+
+    @property
+    def slices(self) -> int:
+        return self._words[1]
+
+    @property
+    def changed_ns(self) -> int:
+        """When the observer last saw `clock` change (CLOCK_MONOTONIC)."""
+        return self._words[128]
+
+    @property
+    def looked_ns(self) -> int:
+        return self._words[130]
+
+    def stands(self, for_s: float = 0.02) -> bool:
+        """Whether the kernel makes no progress for a while from now."""
+        before = self.clock
+        time.sleep(for_s)
+        return self.clock == before
+
+    def advances(self, within_s: float = 10.0) -> bool:
+        """Whether it moves, or begins to."""
+        before, until = self.clock, time.monotonic() + within_s
+        while self.clock == before:
+            if time.monotonic() > until:
+                return False
+            time.sleep(0.0005)
+        return True
+
+    def close(self) -> None:
+        if self._process:
+            self._process.kill()
+            self._process.wait()
+        self._words.release()
+        self._map.close()
+        Path(self.path).unlink()
+
+
+class Rig:
+    """One part's processes. With `gate` they are controlled by the real gate process, else by `compute`."""
+
+    def __init__(
+        self,
+        machine: Machine,
+        tools: Tools,
+        *,
+        commit: Commit = Commit.NONE,
+        in_process: bool = False,
+        gate: GateHandle | None = None,
+    ) -> None:
+        self.machine, self.tools, self.gate = machine, tools, gate
+        route: Route = InProcessRoute() if in_process else ChannelRoute(commit)
+        self.compute = NvidiaCompute([route])
+        self.lock = threading.Lock()
+        self.problems: list[str] = []
+        self._folder = tempfile.TemporaryDirectory(prefix="valve-gpu-", dir=_memory_folder())
+        self.folder = Path(self._folder.name)
+        self._undo = contextlib.ExitStack()
+        self._undo.callback(self._folder.cleanup)
+        self._socket_path = self.folder / "agent.sock"
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._listener.bind(str(self._socket_path))
+        self._listener.listen(64)
+        self._links: dict[int, _Link] = {}
+        self._targets: dict[int, GpuTarget] = {}
+        self._stop_r, self._stop_w = os.pipe()
+        self._thread = threading.Thread(target=self._serve, name="serve")
+        self._thread.start()
+
+    def __enter__(self) -> Rig:
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        try:
+            self._undo.close()
+        finally:
+            os.write(self._stop_w, b"x")
+            self._thread.join()
+            for link in list(self._links.values()):
+                self._drop(link)
+            for fd in (self._stop_r, self._stop_w):
+                os.close(fd)
+            self._listener.close()
+
+    # -- processes -------------------------------------------------------------------------
+
+    def offline(self, cuda: bool = True) -> Actor:
+        """A process under libvalve, known to the control. Its kernels may run."""
+        actor = self._add(Actor(self._environment("offline"), self.tools.kernels))
+        self._wait(lambda: actor.pid in self._targets or self.gate is not None, "its libvalve to connect")
+        return actor.cuda() if cuda else actor
+
+    def bare(self, cuda: bool = True, prefix: tuple[str, ...] = ()) -> Actor:
+        """A process that Valve knows nothing of: a neighbour, a stranger."""
+        actor = self._add(Actor(dict(os.environ), self.tools.kernels, prefix))
+        return actor.cuda() if cuda else actor
+
+    def watch(self, observed: bool = True) -> Watch:
+        watch = Watch(self.folder, self.tools.observer if observed else None)
+        self._undo.callback(watch.close)
+        return watch
+
+    def run_timer(
+        self, actor: Actor, watch: Watch, us: int = 600_000_000, grid: int = 1, block: int = 1
+    ) -> None:
+        """A kernel in `actor` that writes `watch` for so long, and is under way on return."""
+        actor.run(
+            f"page = cu.shared({watch.path!r})\n"
+            f"cu.launch('timer_writer', page, {us}, grid={grid}, block={block})"
+        )
+        if not watch.advances():
+            raise RigError("the kernel does not begin")
+
+    def _add(self, actor: Actor) -> Actor:
+        self._undo.callback(actor.close)
+        return actor
+
+    def _environment(self, workload: str) -> dict[str, str]:
+        return {
+            **os.environ,
+            "LD_PRELOAD": str(self.tools.libvalve),
+            "VALVE_SOCKET": str(self._socket_path),
+            "VALVE_WORKLOAD": workload,
+        }
+
+    # -- control ---------------------------------------------------------------------------
+
+    def target(self, actor: Actor) -> GpuTarget:
+        return self._targets[actor.pid]
+
+    def pause(self, *actors: Actor) -> tuple[int, int]:
+        """The product's pause of compute; CLOCK_MONOTONIC ns before and after. Raises PauseTimeout."""
+        return self._timed(self.compute.pause, actors)
+
+    def quiesce(self, *actors: Actor) -> tuple[int, int]:
+        """Copy engines too."""
+        return self._timed(self.compute.quiesce, actors)
+
+    def resume(self, *actors: Actor) -> tuple[int, int]:
+        return self._timed(self.compute.resume, actors)
+
+    def channels(self, actor: Actor) -> list[Channel]:
+        """What libvalve knows of it."""
+        gpu = self._targets[actor.pid].gpu
+        return list(gpu.table.read()[1]) if gpu else []
+
+    def control_file(self, actor: Actor, channel: Channel) -> int:
+        """The descriptor that it passed for this channel's client."""
+        gpu = self._targets[actor.pid].gpu
+        assert gpu is not None
+        return gpu.files[channel.file]
+
+    def _timed(self, call: Callable[[list[GpuTarget]], None], actors: tuple[Actor, ...]) -> tuple[int, int]:
+        targets = [self._targets[actor.pid] for actor in actors]
+        with self.lock:
+            began = time.monotonic_ns()
+            call(targets)
+            return began, time.monotonic_ns()
+
+    # -- server ----------------------------------------------------------------------------
+
+    def _serve(self) -> None:
+        poll = select.poll()
+        for fd in (self._stop_r, self._listener.fileno()):
+            poll.register(fd, select.POLLIN)
+        while True:
+            for fd, _ in poll.poll(500):
+                if fd == self._stop_r:
+                    return
+                if fd == self._listener.fileno():
+                    connection, _ = self._listener.accept()
+                    self._links[connection.fileno()] = _Link(connection)
+                    poll.register(connection, select.POLLIN)
+                    continue
+                link = self._links[fd]
+                try:
+                    self._on_frame(link)
+                except (wire.WireError, OSError) as error:
+                    if not isinstance(error, wire.ConnectionClosed):
+                        self.problems.append(f"process {link.pid}: {error}")
+                    poll.unregister(fd)
+                    self._drop(link)
+            now = time.monotonic_ns()
+            for link in self._links.values():
+                if link.page and not self.gate:
+                    link.page.heartbeat_ns = now
+            with self.lock:
+                self.compute.tend(list(self._targets.values()))
+
+    def _on_frame(self, link: _Link) -> None:
+        frame, fds = wire.recv(link.socket)
+        if isinstance(frame, wire.Hello):
+            self._welcome(link, frame)
+            return
+        number = -1 if isinstance(frame, wire.GpuTable) else int(getattr(frame, "number", -1))
+        of_control = getattr(frame, "kind", wire.GpuFileKind.CTL) == wire.GpuFileKind.CTL
+        if isinstance(frame, wire.GpuTable | wire.GpuFile) and of_control:
+            self._supply(link, number, fds)
+            return
+        if isinstance(frame, wire.GpuFileGone) and of_control:
+            self._withdraw(link, number)
+        for fd in fds:
+            os.close(fd)
+
+    def _welcome(self, link: _Link, hello: wire.Hello) -> None:
+        link.pid = int(hello.main_pid)
+        page_fd, link.page = Page.create()
+        link.page.heartbeat_ns = time.monotonic_ns()
+        pidfd = os.pidfd_open(link.pid)
+        if self.gate:
+            self.gate.add_target(link.pid, link.pid, pidfd, page_fd, barrier=False)
+            os.close(pidfd)
+        else:
+            with self.lock:
+                self._targets[link.pid] = self.compute.open(link.pid, pidfd, False)
+        doorbell_fd = self.gate.doorbell_fd if self.gate else os.eventfd(0)
+        answer = wire.Welcome(
+            role=wire.Role.OFFLINE,
+            device=wire.Device.NVIDIA,
+            tenant=1,
+            slab_bytes=SLAB_BYTES,
+            lease_ms=LEASE_MS,
+        )
+        wire.send(link.socket, answer, [page_fd, doorbell_fd])
+        os.close(page_fd)
+        if not self.gate:
+            os.close(doorbell_fd)
+
+    def _supply(self, link: _Link, number: int, fds: list[int]) -> None:
+        if self.gate:
+            self.gate.supply(link.pid, number, fds)
+            for fd in fds:
+                os.close(fd)
+            return
+        with self.lock:
+            target = self._targets[link.pid]
+            self.compute.supply(target, number, fds)
+            self.compute.resume([target])
+
+    def _withdraw(self, link: _Link, number: int) -> None:
+        if self.gate:
+            self.gate.withdraw(link.pid, number)
+            return
+        with self.lock:
+            self.compute.withdraw(self._targets[link.pid], number)
+
+    def _drop(self, link: _Link) -> None:
+        self._links.pop(link.socket.fileno(), None)
+        link.socket.close()
+        if link.page:
+            link.page.close()
+        if self.gate:
+            with contextlib.suppress(Exception):
+                self.gate.remove(link.pid)
+            return
+        with self.lock:
+            target = self._targets.pop(link.pid, None)
+            if target:
+                self.compute.close(target)
+
+    def _wait(self, done: Callable[[], bool], what: str, within_s: float = 20.0) -> None:
+        until = time.monotonic() + within_s
+        while not done():
+            if time.monotonic() > until:
+                raise RigError(f"waited {within_s:.0f} s for {what}; {'; '.join(self.problems)}")
+            time.sleep(0.005)
+
+
+class _Link:
+    def __init__(self, connection: socket.socket) -> None:
+        self.socket = connection
+        self.pid = 0
+        self.page: Page | None = None
+
+
+def _memory_folder() -> str | None:
+    return "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+
+
+def stop_process(actor: Actor) -> None:
+    """SIGSTOP, and until it is in that state."""
+    actor.process.send_signal(signal.SIGSTOP)
+    os.waitid(os.P_PID, actor.pid, os.WSTOPPED | os.WNOWAIT)
