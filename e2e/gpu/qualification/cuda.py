@@ -69,9 +69,10 @@ class Cuda:
         self.context = ctypes.c_void_p()
         if own_context:
             self("cuCtxCreate_v2", ctypes.byref(self.context), 0, gpu)
+            self("cuCtxPopCurrent_v2", ctypes.byref(ctypes.c_void_p()))  # creating has pushed it
         else:
             self("cuDevicePrimaryCtxRetain", ctypes.byref(self.context), gpu)
-            self.enter()
+        self.enter()
         self.module = ctypes.c_void_p()
         data = Path(image).read_bytes() if image else b"image"
         self("cuModuleLoadData", ctypes.byref(self.module), ctypes.c_char_p(data))

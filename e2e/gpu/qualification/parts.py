@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from qualification import endure, evict
+from qualification import ends, endure, evict, reach, remap, tails
 from qualification.machine import Machine, Tools
 from qualification.record import Found
 from qualification.xids import XidWatch
@@ -59,6 +59,22 @@ PARTS = {
         ),
         Part("e5", "Are long pauses harmless? (seconds)", endure.e5, 120, 1),
         Part("e6", "What of a flood of launches into a paused process?", endure.e6, 100_000, 400),
+        Part("e7", "Who may control whose channels?", reach.e7, 1, 1),
+        Part("e8", "Does libcuda remap in a paused process, or wait?", remap.e8, 1, 1),
+        Part("e9", "SPARSE below libcuda: what is read, what is stored, what does it cost?", remap.e9, 1, 1),
+        Part("e10", "How long does a pause wait behind an allocating neighbour?", tails.e10, 2000, 10),
+        Part("e11", "Copies in flight while paused?", remap.e11, 10, 2),
+        Part("e12", "What stays behind after deaths while paused?", ends.e12, 1, 1),
+        Part("e13", "Graphs, new streams, contexts, more than 64 channels?", ends.e13, 1, 1),
+        Part("e14", "What does an online process feel?", tails.e14, 50, 1),
+        Part("e15", "Which controls does this machine answer?", reach.e15, 1, 1),
         Part("e16", "At which points can a kernel be preempted?", evict.e16, 1, 1),
+        Part(
+            "preempt",
+            "Signal to evicted, by route, idle and beside an allocating neighbour",
+            tails.preempt,
+            10_000,
+            20,
+        ),
     )
 }

@@ -149,6 +149,35 @@ class Watch:
         Path(self.path).unlink()
 
 
+class Online:
+    """online.c: turns busy and idle through libvalve, as an engine does."""
+
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        self.process = process
+        self._read()
+
+    def cycles(self, count: int) -> int:
+        """So many preemptions; in how many of them the victim moved while the gate said paused."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(b"%d\n" % count)
+        self.process.stdin.flush()
+        return self._read()
+
+    def _read(self) -> int:
+        assert self.process.stdout is not None
+        data = self.process.stdout.read(8)
+        if len(data) != 8:
+            raise RigError(f"the online process ended with {self.process.wait(10)}")
+        return int.from_bytes(data, "little")
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        for stream in (self.process.stdin, self.process.stdout):
+            assert stream is not None
+            stream.close()
+
+
 class Rig:
     """One part's processes. With `gate` they are controlled by the real gate process, else by `compute`."""
 
@@ -176,6 +205,8 @@ class Rig:
         self._listener.listen(64)
         self._links: dict[int, _Link] = {}
         self._targets: dict[int, GpuTarget] = {}
+        self._pages: dict[str, tuple[int, Page]] = {}
+        self._refused: set[int] = set()
         self._stop_r, self._stop_w = os.pipe()
         self._thread = threading.Thread(target=self._serve, name="serve")
         self._thread.start()
@@ -210,6 +241,33 @@ class Rig:
         """A process that Valve knows nothing of: a neighbour, a stranger."""
         actor = self._add(Actor(dict(os.environ), self.tools.kernels, prefix))
         return actor.cuda() if cuda else actor
+
+    def online(self, watch: Watch, hold_us: int = 1000, gap_us: int = 1000) -> Online:
+        """An engine for `gate`; the victim's sign of life is `watch`."""
+        page_fd, page = Page.create()
+        self._pages["online"] = (page_fd, page)
+        words = [hold_us, gap_us, watch.path, 1, self.tools.libvalve, page_fd]
+        process = subprocess.Popen(
+            [str(self.tools.online), *map(str, words)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            pass_fds=[page_fd],
+            env={**self._environment("online"), "LD_PRELOAD": ""},
+        )
+        try:
+            online = Online(process)
+        except BaseException:
+            process.kill()
+            process.wait()
+            raise
+        self._undo.callback(online.close)
+        return online
+
+    def hang_up(self, actor: Actor) -> None:
+        """As if the agent had died: its connection and its files are gone. It is not let in again."""
+        link = next(link for link in self._links.values() if link.pid == actor.pid)
+        self._refused.add(actor.pid)
+        link.socket.shutdown(socket.SHUT_RDWR)  # the serving thread sees it and drops the link
 
     def watch(self, observed: bool = True) -> Watch:
         watch = Watch(self.folder, self.tools.observer if observed else None)
@@ -320,27 +378,28 @@ class Rig:
 
     def _welcome(self, link: _Link, hello: wire.Hello) -> None:
         link.pid = int(hello.main_pid)
-        page_fd, link.page = Page.create()
+        if link.pid in self._refused:
+            raise wire.ConnectionClosed
+        role = wire.Role(hello.role_claimed)
+        page_fd, link.page = self._pages.pop("online") if role == wire.Role.ONLINE else Page.create()
         link.page.heartbeat_ns = time.monotonic_ns()
         pidfd = os.pidfd_open(link.pid)
-        if self.gate:
+        if self.gate and role == wire.Role.ONLINE:
+            self.gate.add_engine(link.pid, link.pid, page_fd)
+            os.close(pidfd)
+        elif self.gate:
             self.gate.add_target(link.pid, link.pid, pidfd, page_fd, barrier=False)
             os.close(pidfd)
         else:
             with self.lock:
                 self._targets[link.pid] = self.compute.open(link.pid, pidfd, False)
-        doorbell_fd = self.gate.doorbell_fd if self.gate else os.eventfd(0)
+        doorbell_fd = os.dup(self.gate.doorbell_fd) if self.gate else os.eventfd(0)
         answer = wire.Welcome(
-            role=wire.Role.OFFLINE,
-            device=wire.Device.NVIDIA,
-            tenant=1,
-            slab_bytes=SLAB_BYTES,
-            lease_ms=LEASE_MS,
+            role=role, device=wire.Device.NVIDIA, tenant=1, slab_bytes=SLAB_BYTES, lease_ms=LEASE_MS
         )
         wire.send(link.socket, answer, [page_fd, doorbell_fd])
         os.close(page_fd)
-        if not self.gate:
-            os.close(doorbell_fd)
+        os.close(doorbell_fd)
 
     def _supply(self, link: _Link, number: int, fds: list[int]) -> None:
         if self.gate:
