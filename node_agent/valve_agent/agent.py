@@ -13,10 +13,10 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from valve_agent import watchdog, wire
+from valve_agent import gpu_link, watchdog, wire
 from valve_agent.connection import Connection, Kind
 from valve_agent.devices.base import ArenaError, MemoryPool
 from valve_agent.devices.cpu.kernel import set_slice
@@ -79,6 +79,8 @@ class Agent:
         self.device = device
         self.started_ns = clock()
         self.paused = True
+        self.route: Mapping[str, Any] = {}
+        """How this device's compute is controlled and why; empty on a device with one way."""
         self.holds_standing = 0
         """Offline is paused and evicted until as many releases."""
         self.retired: dict[str, dict[str, int]] = {}
@@ -121,6 +123,9 @@ class Agent:
             return
         process = self._by_connection.get(connection.id)
         if process is not None:
+            if isinstance(frame, gpu_link.FRAMES):
+                gpu_link.on_frame(self.gate, process, frame, fds)
+                return
             if isinstance(frame, wire.ArenaOpen):
                 self._on_arena_open(connection, process, frame)
                 return
@@ -308,6 +313,7 @@ class Agent:
             os.close(pidfd)
             raise
         tenant = process.tenant
+        gpu_link.check_version(tenant.role, self.device, connection.version)
         helper = connection.peer.pid != main
         page_fd, page = Page.create()
         # Under the gate before WELCOME: an offline process must be stoppable as soon as it is a tenant.
@@ -544,6 +550,8 @@ class Agent:
                 self.events.emit("uncontrollable", level="error", why=str(error))
         for process in list(self.registry.processes.values()):
             self._watch(process, now)
+        if self.moves is not None and now >= self.started_ns + self.settings.recovery_grace_ns:
+            self.moves.every_second()  # not before those who hold memory have come back
         self.on_second()
 
     def _watch(self, process: Process, now: int) -> None:
@@ -570,8 +578,17 @@ class Agent:
                 event["tenant"] = process.tenant.name
             if name in ("pause", "resume"):
                 self.paused = name == "pause"
+            elif name == "route":
+                self._on_route(event)
             quiet = name in ("busy", "idle", "missed_busy", "pause", "resume", "target_gone")
-            self.events.emit(name, level="debug" if quiet else "warning", **event)
+            level = "debug" if quiet else "info" if name == "route" else "warning"
+            self.events.emit(name, level=level, **event)
+
+    def _on_route(self, event: dict[str, Any]) -> None:
+        process = self.registry.processes.get(event["pid"])
+        if process is not None:
+            process.route = {key: value for key, value in event.items() if key not in ("pid", "t_ns")}
+            event["tenant"] = process.tenant.name
 
     def _retire(self, tenant: Tenant, page: Page) -> None:
         """Keep the counters of a page that goes away, so that metrics never fall."""

@@ -78,6 +78,8 @@ class Process:
     helper_pid: int | None = None
     helper_cpu_s: float | None = None
     """CPU time of the helper at the last look."""
+    route: dict[str, Any] | None = None
+    """How its GPU channels are controlled and why so, once it has some."""
     lost_ns: int = 0
     """When the connection was lost."""
 

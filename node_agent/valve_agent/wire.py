@@ -32,7 +32,7 @@ from typing import ClassVar
 
 MAGIC = 0x564C4156
 VERSION_MIN = 1
-VERSION_MAX = 1
+VERSION_MAX = 2
 SLABS_MAX = 4096
 BITMAP_WORDS = SLABS_MAX // 64
 REQUESTS_MAX = 1024
@@ -69,6 +69,9 @@ class Type(enum.IntEnum):
     TENANT = 12
     TENANT_OK = 13
     DENIED = 14
+    GPU_TABLE = 15
+    GPU_FILE = 16
+    GPU_FILE_GONE = 17
     MEMORY_OPEN = 32
     MEMORY = 33
     MEMORY_MAPPED = 34
@@ -92,6 +95,21 @@ class RejectCode(enum.IntEnum):
     EROLE = 4
     EARENA = 5
     EPERM = 6
+
+
+class GpuFileKind(enum.IntEnum):
+    CTL = 1
+    UVM = 2
+
+
+class Route(enum.IntEnum):
+    """Who controls the channels of an offline process; see valve_protocol.h."""
+
+    NONE = 0
+    AGENT = 1
+    IN_PROCESS = 2
+    PATCHED = 3
+    LAUNCH_GATE = 4
 
 
 class HelloFlag(enum.IntFlag):
@@ -455,12 +473,37 @@ class MemoryDone(Frame):
     )
 
 
+class GpuTable(Frame):
+    TYPE = Type.GPU_TABLE
+    DESCRIPTORS = (2,)  # {table, bell}
+    table_bytes: int
+    _fields_ = (("header", Header), ("table_bytes", ctypes.c_uint64))
+
+
+_GPU_FILE_FIELDS = (("header", Header), ("number", ctypes.c_uint32), ("kind", ctypes.c_uint32))
+
+
+class GpuFile(Frame):
+    TYPE = Type.GPU_FILE
+    DESCRIPTORS = (1,)
+    number: int
+    kind: int
+    _fields_ = _GPU_FILE_FIELDS
+
+
+class GpuFileGone(Frame):
+    TYPE = Type.GPU_FILE_GONE
+    number: int
+    kind: int
+    _fields_ = _GPU_FILE_FIELDS
+
+
 FRAMES: dict[int, type[Frame]] = {
     cls.TYPE: cls
     for cls in (
         Hello, Welcome, Reject, ArenaOpen, Arena, ArenaRestore, Want, Grant, Reclaim, Reclaimed,
         Return, Tenant, TenantOk, Denied, MemoryOpen, Memory, MemoryMapped, MemoryReady, MemoryMap,
-        MemoryQuarantine, MemoryDone,
+        MemoryQuarantine, MemoryDone, GpuTable, GpuFile, GpuFileGone,
     )
 }  # fmt: skip
 HEADER_BYTES = ctypes.sizeof(Header)

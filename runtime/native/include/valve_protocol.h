@@ -20,7 +20,7 @@
 
 #define VALVE_MAGIC 0x564c4156u /* "VALV" */
 #define VALVE_VERSION_MIN 1u    /* oldest protocol version this side speaks */
-#define VALVE_VERSION_MAX 1u    /* newest */
+#define VALVE_VERSION_MAX 2u    /* newest; 2 added the GPU frames */
 
 #define VALVE_SLABS_MAX 4096u /* slabs in one arena */
 #define VALVE_BITMAP_WORDS (VALVE_SLABS_MAX / 64u)
@@ -46,6 +46,9 @@ enum valve_type {
     VALVE_TENANT = 12,       /* launcher -> agent: my descendants are this tenant      */
     VALVE_TENANT_OK = 13,    /* agent -> launcher                                      */
     VALVE_DENIED = 14,       /* agent -> runtime: ARENA_OPEN refused; connection lives */
+    VALVE_GPU_TABLE = 15,    /* offline runtime -> agent, after a WELCOME to an nvidia device: fds {table, bell} */
+    VALVE_GPU_FILE = 16,     /* offline runtime -> agent: fd {file}: a driver file that this process uses */
+    VALVE_GPU_FILE_GONE = 17, /* offline runtime -> agent: it has closed that file; the agent must too */
     /* 32..: the memory connection of a process on a GPU; see valve_memory_open */
     VALVE_MEMORY_OPEN = 32,       /* runtime -> agent: first frame of a memory connection    */
     VALVE_MEMORY = 33,            /* agent -> runtime: fd {quarantine}                       */
@@ -67,7 +70,7 @@ enum valve_reject_code {
 
 struct valve_header {
     uint32_t magic;   /* VALVE_MAGIC */
-    uint16_t version; /* negotiated version; in HELLO, TENANT: the sender's newest */
+    uint16_t version; /* negotiated: the newest that both speak; in HELLO, TENANT: the sender's newest */
     uint16_t type;    /* enum valve_type */
     uint32_t size;    /* bytes of the whole frame, this header included */
     uint32_t seq;     /* sender's counter, for logs */
@@ -263,6 +266,73 @@ struct valve_ledger {
     (4ull * VALVE_REQUESTS_MAX + 8ull * VALVE_BITMAP_WORDS + (slabs) * (VALVE_REQUESTS_MAX / 8ull))
 #define VALVE_LEDGER_BYTES(slabs) (64ull + 2ull * VALVE_LEDGER_COPY_BYTES(slabs))
 
+/* What an offline process does with a GPU.  Its RM objects live on the open file that made
+ * their client, and only that file controls them: so the files travel to the agent, and the
+ * handles are in the table, 32768 bytes shared by the runtime (which made it, sealed against
+ * shrinking) and the agent.  A field has one writer; the agent's are kept by the runtime
+ * while there is no agent. */
+enum valve_gpu_file_kind { VALVE_GPU_CTL = 1, VALVE_GPU_UVM = 2 };
+enum valve_route {
+    VALVE_ROUTE_NONE = 0,
+    VALVE_ROUTE_AGENT = 1,       /* the agent controls the channels through the passed file */
+    VALVE_ROUTE_IN_PROCESS = 2,  /* the runtime's control loop does, at the agent's command */
+    VALVE_ROUTE_PATCHED = 3,     /* the agent does, through a file of its own: patched driver */
+    VALVE_ROUTE_LAUNCH_GATE = 4, /* launches are held in the process */
+};
+
+#define VALVE_GPU_FILES_MAX 32u
+#define VALVE_GPU_CHANNELS_MAX 1020u
+
+struct valve_gpu_open {
+    struct valve_header header;
+    uint64_t table_bytes;
+};
+
+/* GPU_FILE and GPU_FILE_GONE share one body. */
+struct valve_gpu_file {
+    struct valve_header header;
+    uint32_t number; /* below VALVE_GPU_FILES_MAX; free again after GPU_FILE_GONE */
+    uint32_t kind;   /* enum valve_gpu_file_kind */
+};
+
+struct valve_gpu_channel {
+    uint32_t state; /* 0: free; 1: the other fields hold.  Written last, and first to 0 */
+    uint32_t file;  /* number of the control file of its client */
+    uint32_t client; /* RM handles, from here */
+    uint32_t subdevice;
+    uint32_t group; /* 0: in none */
+    uint32_t channel;
+    uint32_t engine; /* engineType of its group, or its own */
+    uint32_t hclass;
+};
+
+struct valve_gpu_table {
+    uint32_t magic;
+    uint16_t version;
+    uint16_t reserved0;
+    uint32_t hold;    /* agent: VALVE_GPU_HOLD_*; a shared futex */
+    uint32_t taken;   /* agent: bit n: it controls what is on file n; a shared futex */
+    uint64_t command; /* agent: sequence * 4 + enum valve_gpu_verb; then it rings the bell */
+    uint32_t route;   /* agent: enum valve_route */
+    uint8_t agent_reserved[36];
+
+    uint64_t changes;  /* runtime, @64: +1 after every change of a channel */
+    uint64_t answered; /* runtime: the last command carried out, as it stood in `command` */
+    uint32_t answer;   /* runtime: RM status of it; 0 is success */
+    uint32_t slots;    /* runtime: channels beyond this one were never used */
+    uint32_t overflow; /* runtime: channels that found no room here, so nobody can pause them */
+    uint32_t launch_hooks; /* runtime: launch entry points that went through its hooks */
+    uint64_t launches_held; /* runtime: launches that had to wait */
+    uint8_t runtime_reserved[24];
+
+    struct valve_gpu_channel channels[VALVE_GPU_CHANNELS_MAX];
+};
+#define VALVE_GPU_HOLD_CHANNELS 1u /* make no channel and schedule none */
+#define VALVE_GPU_HOLD_LAUNCHES 2u /* launch nothing */
+enum valve_gpu_verb { VALVE_GPU_STOP_COMPUTE = 1, VALVE_GPU_STOP_ALL = 2, VALVE_GPU_RUN = 3 };
+
+_Static_assert(sizeof(struct valve_gpu_table) == 32768, "gpu table");
+_Static_assert(__builtin_offsetof(struct valve_gpu_table, changes) == 64, "runtime's part has its own cache line");
 _Static_assert(sizeof(struct valve_header) == 16, "header");
 _Static_assert(sizeof(struct valve_page) == 4096, "page");
 _Static_assert(__builtin_offsetof(struct valve_page, busy) == 64, "runtime's half has its own cache line");

@@ -12,6 +12,9 @@
 /* A connected, non-blocking socket, or -errno. */
 int link_connect(int keep_low);
 
+/* The version that frames carry from now on. */
+void link_speak(uint16_t version);
+
 /* Send a frame (its header is filled here) with `count` descriptors.  0 or -errno;
  * -EAGAIN means that the agent does not read. */
 int link_send(int sock, int type, void *frame, size_t size, const int *fds, int count);
