@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from valve_agent.devices.base import DeviceError
 from valve_agent.devices.nvidia import rm
-from valve_cli.doctor_report import Check, Gpu, Level, Nvidia, Route
+from valve_cli.doctor_report import ROUTES, Check, Gpu, Level, Nvidia, Route
 
 VENDOR = "0x10de"
 DISPLAY_CLASS = "0x03"
@@ -46,9 +46,7 @@ def look() -> Nvidia:
     files = _files(Path("/"))
     if files.version is None:
         return judge(files, None, None)
-    branch = rm.branch_of(files.version)
-    facts = ask("rm", branch.name) if branch else None
-    return judge(files, facts, ask("cuda"))
+    return judge(files, ask("rm", files.version), ask("cuda"))
 
 
 def judge(files: Files, rm_facts: Facts | None, cuda_facts: Facts | None) -> Nvidia:
@@ -65,8 +63,8 @@ def judge(files: Files, rm_facts: Facts | None, cuda_facts: Facts | None) -> Nvi
             "stop it for GPUs that Valve shares: one client of MPS cannot be paused without the others",
         ))  # fmt: skip
     gpus = _gpus(rm_facts or {}, cuda_facts or {})
-    checks += _control(rm_facts, branch)
-    routes = _routes(files, branch, rm_facts or {}, cuda_facts or {})
+    checks += _control(rm_facts or {}, branch)
+    routes = _routes(rm_facts or {}, cuda_facts or {})
     if not any(route.usable for route in routes):
         checks.append(_nvidia(
             "routes", "missing", "no way to stop offline compute on this machine",
@@ -172,10 +170,10 @@ def _gpus(rm_facts: Facts, cuda_facts: Facts) -> list[Gpu]:
     ]
 
 
-def _control(facts: Facts | None, branch: rm.Branch | None) -> list[Check]:
+def _control(facts: Facts, branch: rm.Branch | None) -> list[Check]:
     """What the driver says to the control that stops channels."""
-    if facts is None:
-        return [] if branch is None else [_nvidia("control", "missing", "not asked", "run again")]
+    if branch is None:
+        return []
     if facts.get("error"):
         return [_nvidia("control", "missing", str(facts["error"]), _hint(facts.get("client")))]
     if not facts["gpus"]:
@@ -210,43 +208,15 @@ def _hint(status: int | None) -> str:
     }.get(status if status is not None else -1, "look at `dmesg | grep -iE 'nvrm|xid'`")
 
 
-def _routes(files: Files, branch: rm.Branch | None, rm_facts: Facts, cuda_facts: Facts) -> list[Route]:
-    gpus = [gpu for gpu in rm_facts.get("gpus", ()) if not gpu["error"]]
-
-    def by_control(name: str, field: str, good: str, bad: str) -> Route:
-        if branch is None:
-            return Route(name, False, f"the layouts of driver {files.version} are not known")
-        if not gpus:
-            return Route(name, False, str(rm_facts.get("error") or "no GPU could be asked"))
-        refusals = {gpu[field] for gpu in gpus} - {rm.OK}
-        if refusals:
-            return Route(
-                name, False, bad.format(", ".join(rm.describe(status) for status in sorted(refusals)))
-            )
-        return Route(name, True, good)
-
-    no_cuda = None if cuda_facts else "libcuda was not asked"
-    return [
-        by_control(
-            "agent",
-            "passed",
-            "the tenant's control file works in another process, on the stock driver",
-            "a passed control file is refused: {}",
-        ),
-        by_control(
-            "in-process",
-            "own",
-            "a process may stop its own channels",
-            "a process may not stop its own channels: {}",
-        ),
-        by_control(
-            "patched",
-            "foreign",
-            "this driver lets root name any client (it is patched, or its client check is off)",
-            "the driver is stock and refuses another file ({}); not needed for the others",
-        ),
-        _launch_gate(no_cuda or cuda_facts.get("error")),
-    ]
+def _routes(rm_facts: Facts, cuda_facts: Facts) -> list[Route]:
+    """The agent's own verdicts; `launch-gate` needs libcuda beside."""
+    verdicts = {verdict["route"]: verdict for verdict in rm_facts.get("routes", ())}
+    unasked = {"works": False, "why": rm_facts.get("error") or "not asked"}
+    found = []
+    for name in ROUTES[:-1]:
+        verdict = verdicts.get(name, unasked)
+        found.append(Route(name, bool(verdict["works"]), str(verdict["why"])))
+    return [*found, _launch_gate(cuda_facts.get("error") if cuda_facts else "libcuda was not asked")]
 
 
 def _launch_gate(problem: str | None) -> Route:

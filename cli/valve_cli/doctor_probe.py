@@ -1,24 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """Asks the driver, in a process of its own: prints facts as one JSON object and judges nothing.
 
-    python -m valve_cli.doctor_probe rm BRANCH     resource manager: which GPUs, which controls are permitted
+    python -m valve_cli.doctor_probe rm VERSION    resource manager: which GPUs, which controls and routes
     python -m valve_cli.doctor_probe cuda          libcuda: version, devices, what its memory can do
 
 Why a process of its own: a call into a driver may hang behind somebody else's, and a broken libcuda may
 crash; `valve doctor` puts a deadline on it. All calls are harmless: the objects are its own, nothing runs on
 the GPU, no context is made, and the control that stops channels is called with an empty list.
 
-Threading model: one thread; `rm` forks a child that plays the agent. Caller: doctor_nvidia.py.
+The routes are asked by the agent's own probe. Threading model: one thread; the probe forks a child for a
+moment. Caller: doctor_nvidia.py.
 """
 
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import fcntl
 import json
 import os
 import re
-import socket
 import struct
 import sys
 import uuid
@@ -26,7 +27,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from valve_agent.devices.base import DeviceError
-from valve_agent.devices.nvidia import rm
+from valve_agent.devices.nvidia import probe, rm
 
 GET_GID_INFO = 0x2080014A
 _GID_BINARY = 2
@@ -46,20 +47,22 @@ _CUDA_ERRORS = {
 }
 
 
-def rm_facts(branch: rm.Branch) -> dict[str, object]:
-    """`client`: RM status of making one. `gpus`: per GPU the status of the empty DISABLE_CHANNELS through
-    the client's own file (`own`), that file passed to another process (`passed`), and a file that is not the
-    client's (`foreign`)."""
-    facts: dict[str, object] = {"error": None, "client": None, "gpus": []}
+def rm_facts(version: str) -> dict[str, object]:
+    """`client`: RM status of making one. `gpus`: per GPU the status of an empty DISABLE_CHANNELS (`own`).
+    `routes`: the verdicts of the agent's probe."""
+    facts: dict[str, object] = {"error": None, "client": None, "gpus": [], "routes": []}
+    branch = rm.branch_of(version)
     try:
-        client = rm.RmClient()
+        with rm.RmClient() as client:
+            facts["client"] = rm.OK
+            facts["routes"] = [dataclasses.asdict(verdict) for verdict in probe.probe(version)]
+            if branch is not None:
+                facts["gpus"] = [_gpu(client, branch, number) for number in _minors()]
     except rm.RmError as error:
-        return {**facts, "client": error.status, "error": str(error)}
+        facts.update(client=error.status, error=str(error))
     except DeviceError as error:
-        return {**facts, "error": str(error)}
-    with client:
-        gpus = [_gpu(client, branch, number) for number in _minors()]
-    return {**facts, "client": rm.OK, "gpus": gpus}
+        facts["error"] = str(error)
+    return facts
 
 
 def _minors() -> list[int]:
@@ -82,8 +85,6 @@ def _gpu(client: rm.RmClient, branch: rm.Branch, number: int) -> dict[str, objec
         )
         facts["uuid"] = _uuid(client, subdevice)
         facts["own"] = _try(client, subdevice)
-        facts["passed"] = _in_another_process(client, subdevice)
-        facts["foreign"] = _through_another_file(client, subdevice)
     except (DeviceError, OSError) as error:
         facts["error"] = str(error)
     finally:
@@ -95,33 +96,6 @@ def _try(client: rm.RmClient, subdevice: int) -> int:
     """RM status of DISABLE_CHANNELS for no channel at all."""
     block = rm.Control(client.handle, subdevice, rm.FIFO_DISABLE_CHANNELS, rm.DisableChannels(disable=0))
     return block.issue(client.fd)
-
-
-def _in_another_process(client: rm.RmClient, subdevice: int) -> int:
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    child = os.fork()
-    if child == 0:
-        status = -1
-        try:
-            _, fds, _, _ = socket.recv_fds(theirs, 1, 1)
-            status = _try(rm.RmClient(fds[0], client.handle), subdevice)
-        finally:
-            theirs.send(struct.pack("i", status))
-            os._exit(0)
-    theirs.close()
-    with ours:
-        socket.send_fds(ours, [b"x"], [client.fd])
-        answer = ours.recv(4)
-    os.waitpid(child, 0)
-    return int(struct.unpack("i", answer)[0]) if answer else -1
-
-
-def _through_another_file(client: rm.RmClient, subdevice: int) -> int:
-    fd = os.open(rm.CTL_PATH, os.O_RDWR | os.O_CLOEXEC)
-    try:
-        return _try(rm.RmClient(fd, client.handle), subdevice)
-    finally:
-        os.close(fd)
 
 
 def _uuid(client: rm.RmClient, subdevice: int) -> str:
@@ -177,7 +151,7 @@ def _mapped(library: str) -> str:
 
 def main(argv: list[str]) -> int:
     ask: dict[str, Callable[[], dict[str, object]]] = {
-        "rm": lambda: rm_facts(rm.BRANCHES[argv[1]]),
+        "rm": lambda: rm_facts(argv[1]),
         "cuda": cuda_facts,
     }
     print(json.dumps(ask[argv[0]]()))

@@ -58,8 +58,8 @@ class Nvidia(NamedTuple):
 
     @property
     def route(self) -> str | None:
-        """The one the agent takes: the first usable."""
-        return next((route.name for route in self.routes if route.usable), None)
+        """The one the agent takes: the first usable; `patched` only where the policy names it."""
+        return next((route.name for route in self.routes if route.usable and route.name != "patched"), None)
 
 
 class Report(NamedTuple):

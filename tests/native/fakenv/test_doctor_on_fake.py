@@ -84,9 +84,8 @@ def test_without_libcuda(new_machine: fakenv.NewMachine) -> None:
         ("deny control 0x2080110b 0x56", LAUNCH_GATE, "sandbox"),
         ("deny control 0x2080110b 0x65", LAUNCH_GATE, "firmware does not answer"),
         ("deny control 0x2080110b 0x0f", LAUNCH_GATE, "fallen off the bus"),
-        ("deny control 0x2080110b 0x1b 1", AGENT, "run as root"),
     ],
-    ids=["no permission", "filtered", "firmware is silent", "gpu lost", "in this process only"],
+    ids=["no permission", "filtered", "firmware is silent", "gpu lost"],
 )
 def test_the_control_is_refused(machine: fakenv.Machine, words: str, route: str, says: str) -> None:
     machine.ctl(*words.split())

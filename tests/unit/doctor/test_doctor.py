@@ -18,15 +18,20 @@ from valve_cli.doctor_report import ROUTES, Check, Nvidia, Report
 
 NODES = {"/dev/nvidiactl": "", "/dev/nvidia-uvm": "", "/dev/nvidia0": ""}
 GOOD = Files(1, "580.142", None, "open", NODES, False)
-GPU = {"number": 0, "name": "G", "uuid": "GPU-1", "error": None,
-       "own": rm.OK, "passed": rm.OK, "foreign": rm.INVALID_CLIENT}  # fmt: skip
-RM = {"error": None, "client": rm.OK, "gpus": [GPU]}
+GPU = {"number": 0, "name": "G", "uuid": "GPU-1", "error": None, "own": rm.OK}
+STOCK = {"agent": True, "in-process": True, "patched": False, "launch-gate": True}
 DEVICE = {"virtual_memory": 1, "handles_as_descriptors": 1, "memory_bytes": 80 << 30}
 CUDA = {"error": None, "path": "/lib/libcuda.so.1", "version": "13.0", "devices": [DEVICE]}
 
 
-def rm_answer(**gpu: Any) -> dict[str, Any]:
-    return {**RM, "gpus": [{**GPU, **gpu}]}
+def rm_answer(*, routes: dict[str, bool] | None = None, **gpu: Any) -> dict[str, Any]:
+    """What the probe's process prints; `routes` that differ from a stock driver's."""
+    verdicts = [{"route": r, "works": w, "why": "so"} for r, w in {**STOCK, **(routes or {})}.items()]
+    return {"error": None, "client": rm.OK, "gpus": [{**GPU, **gpu}], "routes": verdicts}
+
+
+RM = rm_answer()
+NO_CONTROL = {"agent": False, "in-process": False, "patched": False}
 
 
 TABLE: list[tuple[str, Files, Any, Any, str | None, dict[str, str]]] = [
@@ -35,7 +40,8 @@ TABLE: list[tuple[str, Files, Any, Any, str | None, dict[str, str]]] = [
     ("a GPU without driver", Files(2, None, None, None, {}, False), None, None, None, {"driver": "missing"}),
     ("a version file in no known shape", GOOD._replace(version=None, error="names no driver version"),
      None, None, None, {"driver": "missing"}),
-    ("an unknown branch", GOOD._replace(version="610.1"), None, CUDA, "launch-gate", {"layouts": "warning"}),
+    ("an unknown branch", GOOD._replace(version="610.1"), {**rm_answer(routes=NO_CONTROL), "gpus": []}, CUDA,
+     "launch-gate", {"layouts": "warning"}),
     ("proprietary modules", GOOD._replace(flavour="proprietary"), RM, CUDA, "agent", {"driver": "warning"}),
     ("no UVM", GOOD._replace(nodes={**NODES, "/dev/nvidia-uvm": "No such file"}), RM, CUDA, "agent",
      {"/dev/nvidia-uvm": "missing"}),
@@ -43,19 +49,21 @@ TABLE: list[tuple[str, Files, Any, Any, str | None, dict[str, str]]] = [
      GOOD._replace(nodes={**NODES, "/dev/nvidia1": "Input/output error"}),
      {**RM, "gpus": [GPU, {**GPU, "number": 1, "error": "status 0x0f"}]}, CUDA, "agent",
      {"/dev/nvidia1": "warning", "GPU 0": "ok", "GPU 1": "warning"}),
-    ("the only GPU is gone", GOOD, rm_answer(error="status 0x0f: ..."), CUDA, "launch-gate",
-     {"GPU 0": "missing"}),
-    ("the passed file is refused", GOOD, rm_answer(passed=rm.INVALID_CLIENT), CUDA, "in-process",
+    ("the only GPU is gone", GOOD, rm_answer(error="status 0x0f: ...", routes=NO_CONTROL), CUDA,
+     "launch-gate", {"GPU 0": "missing"}),
+    ("the passed file is refused", GOOD, rm_answer(routes={"agent": False}), CUDA, "in-process",
      {"GPU 0": "ok"}),
-    ("only root by name", GOOD, rm_answer(own=rm.INSUFFICIENT_PERMISSIONS, passed=rm.INSUFFICIENT_PERMISSIONS,
-                                         foreign=rm.OK), CUDA, "patched", {"GPU 0": "warning"}),
-    ("a sandbox filters the control", GOOD, rm_answer(own=0x56, passed=0x56, foreign=0x56), CUDA,
+    ("only root by name: never by itself", GOOD,
+     rm_answer(own=rm.INSUFFICIENT_PERMISSIONS, routes={**NO_CONTROL, "patched": True}), CUDA,
      "launch-gate", {"GPU 0": "warning"}),
-    ("nothing at all works", GOOD, rm_answer(own=0x56, passed=0x56, foreign=0x56), {"error": "no libcuda"},
-     None, {"libcuda": "warning", "routes": "missing"}),
+    ("a sandbox filters the control", GOOD, rm_answer(own=0x56, routes=NO_CONTROL), CUDA, "launch-gate",
+     {"GPU 0": "warning"}),
+    ("nothing at all works", GOOD, rm_answer(own=0x56, routes=NO_CONTROL), {"error": "no libcuda"}, None,
+     {"libcuda": "warning", "routes": "missing"}),
     ("RM refuses a client", GOOD, {"error": "class 0x41: ...", "client": 0x1B, "gpus": []}, CUDA,
      "launch-gate", {"control": "missing"}),
-    ("the driver lists no GPU", GOOD, {**RM, "gpus": []}, CUDA, "launch-gate", {"control": "missing"}),
+    ("the driver lists no GPU", GOOD, {**rm_answer(routes=NO_CONTROL), "gpus": []}, CUDA, "launch-gate",
+     {"control": "missing"}),
     ("no memory management", GOOD, RM, {**CUDA, "devices": [{**DEVICE, "virtual_memory": 0}]}, "agent",
      {"libcuda": "warning"}),
     ("MPS runs", GOOD._replace(mps=True), RM, CUDA, "agent", {"MPS": "warning"}),
