@@ -48,6 +48,10 @@ def main(argv: list[str] | None = None) -> int:
         for part in parts.PARTS.values():
             print(f"{part.name:10} {part.question}")
         return 0
+    if arguments.split:
+        for document in json.loads(arguments.split.read_text()):
+            _write_part(arguments.out, document)
+        return 0
     names = list(parts.PARTS) if arguments.parts == "all" else arguments.parts.split(",")
     unknown = [name for name in names if name not in parts.PARTS]
     if unknown:
@@ -64,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{here.device}, driver {here.driver}, Linux {here.kernel}")
     documents = [_run(parts.PARTS[name], here, arguments) for name in names]
     if arguments.bundle:
-        _write(arguments.out / f"gpu-{here.slug}-parts.json", documents)
+        _write(arguments.out / f"gpu-{machine.slug(here.device)}-parts.json", documents)
     return int(any(document["verdict"] in ("fail", "error") for document in documents))
 
 
@@ -82,7 +86,9 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--scale", type=float, default=1.0, help="of the number of cycles; 0.01 for a first look"
     )
+    parser.add_argument("--limit", type=float, metavar="S", help="end each part after so many seconds")
     parser.add_argument("--bundle", action="store_true", help="one file with all parts instead of one each")
+    parser.add_argument("--split", type=Path, metavar="FILE", help="make one file each of such a bundle")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
@@ -96,12 +102,13 @@ def _run(part: parts.Part, here: machine.Machine, arguments: argparse.Namespace)
             "--scale", str(arguments.scale), "--build", str(arguments.build), "--child", answer.name,
         ]  # fmt: skip
         process = subprocess.Popen(command, start_new_session=True)
+        limit_s = arguments.limit or part.limit_s
         try:
-            process.wait(part.limit_s)
+            process.wait(limit_s)
             text = Path(answer.name).read_text()
             found = json.loads(text) if text else asdict(Found("error", f"ended with {process.returncode}"))
         except subprocess.TimeoutExpired:
-            found = asdict(Found("error", f"did not end within {part.limit_s} s; its processes were killed"))
+            found = asdict(Found("error", f"did not end within {limit_s:g} s; its processes were killed"))
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
@@ -123,7 +130,7 @@ def _run(part: parts.Part, here: machine.Machine, arguments: argparse.Namespace)
     }
     print(f"  {found['verdict']:8} {part.name:10} {found['answer']}", flush=True)
     if not arguments.bundle:
-        _write(arguments.out / f"gpu-{here.slug}-{part.name}.json", document)
+        _write_part(arguments.out, document)
     return document
 
 
@@ -142,6 +149,10 @@ def _child(name: str, arguments: argparse.Namespace) -> int:
         raise
     arguments.child.write_text(json.dumps(asdict(found)))
     return 0
+
+
+def _write_part(folder: Path, document: dict[str, object]) -> None:
+    _write(folder / f"gpu-{machine.slug(str(document['device']))}-{document['part']}.json", document)
 
 
 def _write(path: Path, document: object) -> None:

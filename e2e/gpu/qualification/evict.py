@@ -152,14 +152,16 @@ def _round_trip(rig: Rig, victim: Actor, count: int) -> dict[str, float]:
 
 
 def _set(rig: Rig, victim: Actor, channels: list[Channel], disable: bool) -> None:
-    """Below the product's plan: exactly these channels."""
-    first = channels[0]
-    fd = rig.control_file(victim, first)
-    handles = [channel.channel for channel in channels]
-    for block in rm.disable_blocks(first.client, first.subdevice, handles, disable):
-        status = block.issue(fd)
-        if status:
-            raise rm.error_of("FIFO_DISABLE_CHANNELS", status)
+    """Below the product's plan: exactly these channels. Raises RmError."""
+    places: dict[tuple[int, int, int], list[int]] = {}
+    for channel in channels:
+        place = (rig.control_file(victim, channel), channel.client, channel.subdevice)
+        places.setdefault(place, []).append(channel.channel)
+    for (fd, client, subdevice), handles in places.items():
+        for block in rm.disable_blocks(client, subdevice, handles, disable):
+            status = block.issue(fd)
+            if status:
+                raise rm.error_of("FIFO_DISABLE_CHANNELS", status)
 
 
 CTXSW = struct.Struct("6I")

@@ -39,11 +39,11 @@ class Machine:
     def is_fake(self) -> bool:
         return self.device == FAKE_DEVICE
 
-    @property
-    def slug(self) -> str:
-        """The device in a file's name: 'h100-80gb-hbm3'."""
-        words = self.device.lower().replace("nvidia", " ").split()
-        return "-".join("".join(c for c in word if c.isalnum() or c in "_.-") for word in words)
+
+def slug(device: str) -> str:
+    """The device in a file's name: 'h100-80gb-hbm3'."""
+    words = device.lower().replace("nvidia", " ").split()
+    return "-".join("".join(c for c in word if c.isalnum() or c in "_.-") for word in words)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from qualification import ends, endure, evict, reach, remap, tails
+from qualification import ends, endure, evict, reach, reclaim, remap, serving, tails
 from qualification.machine import Machine, Tools
 from qualification.record import Found
 from qualification.xids import XidWatch
@@ -76,5 +76,7 @@ PARTS = {
             10_000,
             20,
         ),
+        Part("reclaim", "Reclaim and restore by slab size, against 2 MiB pages", reclaim.reclaim, 20, 2),
+        Part("serving", "TTFT, TPOT and offline tokens/s, against the alternatives", serving.serving, 20, 3),
     )
 }

@@ -117,8 +117,15 @@ class Below:
             memory = slab.memory if memory_of == "slabs" else self.quarantine.memory
             self.mapper.map(self.uvm, self.base + i * self.slab_bytes, self.slab_bytes, memory)
 
-    def sparse(self) -> None:
-        self.mapper.sparse(self.uvm, self.base, self.slab_bytes * len(self.slabs))
+    def sparse(self) -> int:
+        """No memory at any place; the number of calls. One, if libcuda made one UVM range of the places."""
+        try:
+            self.mapper.sparse(self.uvm, self.base, self.slab_bytes * len(self.slabs))
+        except DeviceError:
+            for i in range(len(self.slabs)):
+                self.mapper.sparse(self.uvm, self.base + i * self.slab_bytes, self.slab_bytes)
+            return len(self.slabs)
+        return 1
 
     def close(self) -> None:
         os.close(self.uvm)

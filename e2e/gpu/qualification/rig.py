@@ -31,11 +31,12 @@ from typing import Any
 
 from qualification.machine import Machine, Tools
 from valve_agent import wire
+from valve_agent.devices.base import DeviceError
 from valve_agent.devices.nvidia.compute import GpuTarget, NvidiaCompute
 from valve_agent.devices.nvidia.plan import Commit
 from valve_agent.devices.nvidia.routes import ChannelRoute, InProcessRoute, Route
 from valve_agent.devices.nvidia.table import Channel
-from valve_agent.gate_link import GateHandle
+from valve_agent.gate_link import GateError, GateHandle
 from valve_agent.shared import Page
 
 HERE = Path(__file__).resolve().parent
@@ -233,7 +234,7 @@ class Rig:
 
     def offline(self, cuda: bool = True) -> Actor:
         """A process under libvalve, known to the control. Its kernels may run."""
-        actor = self._add(Actor(self._environment("offline"), self.tools.kernels))
+        actor = self._add(Actor(self.environment("offline"), self.tools.kernels))
         self._wait(lambda: actor.pid in self._targets or self.gate is not None, "its libvalve to connect")
         return actor.cuda() if cuda else actor
 
@@ -252,7 +253,7 @@ class Rig:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             pass_fds=[page_fd],
-            env={**self._environment("online"), "LD_PRELOAD": ""},
+            env={**self.environment("online"), "LD_PRELOAD": ""},
         )
         try:
             online = Online(process)
@@ -289,7 +290,7 @@ class Rig:
         self._undo.callback(actor.close)
         return actor
 
-    def _environment(self, workload: str) -> dict[str, str]:
+    def environment(self, workload: str) -> dict[str, str]:
         return {
             **os.environ,
             "LD_PRELOAD": str(self.tools.libvalve),
@@ -349,7 +350,7 @@ class Rig:
                 link = self._links[fd]
                 try:
                     self._on_frame(link)
-                except (wire.WireError, OSError) as error:
+                except (wire.WireError, OSError, GateError, DeviceError) as error:
                     if not isinstance(error, wire.ConnectionClosed):
                         self.problems.append(f"process {link.pid}: {error}")
                     poll.unregister(fd)
@@ -381,7 +382,8 @@ class Rig:
         if link.pid in self._refused:
             raise wire.ConnectionClosed
         role = wire.Role(hello.role_claimed)
-        page_fd, link.page = self._pages.pop("online") if role == wire.Role.ONLINE else Page.create()
+        made = self._pages.pop("online", None) if role == wire.Role.ONLINE else None
+        page_fd, link.page = made or Page.create()
         link.page.heartbeat_ns = time.monotonic_ns()
         pidfd = os.pidfd_open(link.pid)
         if self.gate and role == wire.Role.ONLINE:
