@@ -31,6 +31,10 @@ from valve_agent.registry import Process, Registry
 from valve_agent.wire import MemoryRoute, RejectCode, Role, bits
 
 
+FILL_SLABS = 64
+"""Slabs made in one second."""
+
+
 class Owner(Protocol):
     """What the moves need of agent.py."""
 
@@ -53,6 +57,8 @@ class Owner(Protocol):
     def kill_process(self, process: Process, why: str) -> None: ...
 
     def emit_for(self, process: Process, event: str, *, level: str = "info", **fields: object) -> None: ...
+
+    def emit(self, event: str, *, level: str = "info", **fields: object) -> None: ...
 
     def now_ns(self) -> int: ...
 
@@ -100,6 +106,13 @@ class SlabMoves:
         self._retry_ns = 0
 
     # The memory connection --------------------------------------------------------------------------
+
+    def every_second(self) -> None:
+        """Make slabs ahead of need, a few at a time: one takes the driver some hundred microseconds."""
+        try:
+            self.memory.fill(FILL_SLABS)
+        except DeviceError as error:
+            self._owner.emit("slabs-missing", level="error", why=str(error))
 
     def on_open(self, connection: Connection, frame: wire.MemoryOpen) -> None:
         """The first frame of a memory connection. Raises IdentityError."""

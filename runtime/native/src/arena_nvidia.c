@@ -232,7 +232,7 @@ static int use_context(uint8_t gpu[16])
 static int ask(uint64_t bytes, const uint8_t gpu[16], int *quarantine_fd)
 {
     struct valve_memory_open question = {.slabs = bytes / valve.slab_bytes_told + (bytes % valve.slab_bytes_told != 0)};
-    unsigned char room[VALVE_FRAME_MAX];
+    _Alignas(8) unsigned char room[VALVE_FRAME_MAX];
     const struct valve_memory *answer = (const void *)room;
     int fds[VALVE_MEMORY_BATCH];
     if (bytes == 0)
@@ -249,10 +249,20 @@ static int ask(uint64_t bytes, const uint8_t gpu[16], int *quarantine_fd)
     return memory.slabs == 0 || memory.slabs > VALVE_SLABS_MAX || memory.slab_bytes == 0 ? -1 : 0;
 }
 
+/* The agent has paused us and asks for a remap, to see whether libcuda remaps with work in flight that
+ * cannot end.  So there must be some: a fill of what is remapped, which runs when we do. */
+static int answer_probe(const struct valve_memory_quarantine *probe)
+{
+    struct valve_memory_done done = {.id = probe->id};
+    memory.cuda->fill(memory.base, 0, memory.slab_bytes, NULL);
+    done.result = quarantine(probe);
+    return send_frame(VALVE_MEMORY_DONE, &done, sizeof done, NULL, 0);
+}
+
 static int announce(void)
 {
     struct valve_memory_mapped mapped = {.base = memory.base, .slabs = memory.slabs};
-    unsigned char room[VALVE_FRAME_MAX];
+    _Alignas(8) unsigned char room[VALVE_FRAME_MAX];
     int uvm[VALVE_MEMORY_BATCH], fds[VALVE_MEMORY_BATCH];
     int count = find_uvm(uvm);
     if (count == 0) {
@@ -262,7 +272,10 @@ static int announce(void)
     }
     if (!send_frame(VALVE_MEMORY_MAPPED, &mapped, sizeof mapped, uvm, count))
         return -1;
-    if (receive(room, sizeof room, fds) != VALVE_MEMORY_READY)
+    int type = receive(room, sizeof room, fds);
+    if (type == VALVE_MEMORY_QUARANTINE && answer_probe((const void *)room))
+        type = receive(room, sizeof room, fds);
+    if (type != VALVE_MEMORY_READY)
         return -1;
     if (((const struct valve_memory_ready *)(void *)room)->route == VALVE_MEMORY_BY_TENANT)
         return serve_remaps();

@@ -28,6 +28,7 @@ static void find_all(void)
         {"cuMemMap", offsetof(struct cuda_api, map)},
         {"cuMemSetAccess", offsetof(struct cuda_api, set_access)},
         {"cuMemUnmap", offsetof(struct cuda_api, unmap)},
+        {"cuMemsetD8Async", offsetof(struct cuda_api, fill)},
     };
     void *library = dlopen("libcuda.so.1", RTLD_NOW);
     for (size_t i = 0; library && i < sizeof FUNCTIONS / sizeof FUNCTIONS[0]; i++) {

@@ -39,6 +39,7 @@ struct cuda_api {
     cuda_result (*map)(cuda_address at, size_t bytes, size_t offset, cuda_handle handle, unsigned long long flags);
     cuda_result (*set_access)(cuda_address at, size_t bytes, const struct cuda_access *access, size_t count);
     cuda_result (*unmap)(cuda_address at, size_t bytes);
+    cuda_result (*fill)(cuda_address at, unsigned char value, size_t bytes, void *stream);
 };
 
 /* libcuda's functions, or NULL when this process has no libcuda that knows all of them. */

@@ -22,7 +22,7 @@ import os
 from collections.abc import Callable, Iterable
 
 from valve_agent.devices.base import ArenaError, DeviceError, OutOfDeviceMemory
-from valve_agent.devices.nvidia.physical import PhysicalSlabs, Slab
+from valve_agent.devices.nvidia.physical import ADOPTED, PhysicalSlabs, Slab
 from valve_agent.devices.nvidia.uvm import Mapper
 from valve_agent.wire import SLABS_MAX, MemoryRoute
 
@@ -83,9 +83,10 @@ class NvidiaMemoryPool:
         """Slabs that can be granted without being made first."""
         return self._physical.free
 
-    def fill(self) -> int:
-        """Make the slabs that nobody has yet, ahead of need: how many are ready."""
-        return self._physical.fill(self.slabs - self._in_use - self.orphans)
+    def fill(self, most: int = SLABS_MAX) -> int:
+        """Make slabs that nobody has yet, ahead of need, at most `most` of them: how many are ready."""
+        wanted = self.slabs - self._in_use - self.orphans
+        return self._physical.fill(min(wanted, self._physical.free + most))
 
     # Arenas -----------------------------------------------------------------------------------------
 
@@ -151,6 +152,10 @@ class NvidiaMemoryPool:
         agent that made them, so it returns to the GPU when it is taken, and is made anew."""
         arena.base, arena.offline = base, offline
         arena.held = dict.fromkeys(held)
+        try:
+            arena.quarantine = self._physical.adopt(arena.quarantine_fd)
+        except DeviceError:
+            arena.quarantine = None  # sparse pages will do
         self.orphans += len(arena.held)
 
     # Moving memory ----------------------------------------------------------------------------------
@@ -211,7 +216,10 @@ class NvidiaMemoryPool:
     def close(self, arena: NvidiaArena) -> None:
         """`discard` came before. The agent's descriptors hold the process's files open: closed at once."""
         if arena.quarantine is not None:
-            self._physical.give([arena.quarantine])
+            if arena.quarantine.number == ADOPTED:
+                self._physical.forget(arena.quarantine)
+            else:
+                self._physical.give([arena.quarantine])
             arena.quarantine = None
         for fd in (arena.memory_fd, arena.quarantine_fd):
             if fd >= 0:

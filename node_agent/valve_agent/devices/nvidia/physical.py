@@ -24,6 +24,7 @@ IMPORT_OBJECT_FROM_FD = 0x3D06
 _IMPORT = struct.Struct("<iIIII")  # fd, type, hDevice, hParent, hObject
 _RM_OBJECT = 1
 _DEVICE_PARAMS_BYTES = 56
+ADOPTED = -1
 
 
 @dataclass(eq=False, slots=True)
@@ -115,6 +116,15 @@ class PhysicalSlabs:
         """A descriptor that a tenant's libcuda can import; the caller's to close."""
         return self._driver.export(slab.handle)
 
+    def adopt(self, fd: int) -> Slab:
+        """The allocation behind a descriptor that an earlier agent exported. It belongs to no pool: `forget`
+        it when it is no longer needed."""
+        return Slab(ADOPTED, 0, self._import_fd(fd), 0)
+
+    def forget(self, slab: Slab) -> None:
+        """Give up an adopted allocation."""
+        self.client.free(slab.memory)
+
     def close(self) -> None:
         """Everything that no tenant has mapped returns to the GPU."""
         while self._free:
@@ -151,10 +161,13 @@ class PhysicalSlabs:
     def _import(self, handle: int) -> int:
         fd = self._driver.export(handle)
         try:
-            params = _IMPORT.pack(fd, _RM_OBJECT, self._device, self._device, 0)
-            answer = self.client.control(self.client.handle, IMPORT_OBJECT_FROM_FD, params)
+            return self._import_fd(fd)
         finally:
             os.close(fd)
+
+    def _import_fd(self, fd: int) -> int:
+        params = _IMPORT.pack(fd, _RM_OBJECT, self._device, self._device, 0)
+        answer = self.client.control(self.client.handle, IMPORT_OBJECT_FROM_FD, params)
         return int(_IMPORT.unpack(answer)[4])
 
     def _zero(self, slabs: list[Slab]) -> None:
