@@ -13,15 +13,16 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from valve_agent import gpu_link, watchdog, wire
 from valve_agent.connection import Connection, Kind
-from valve_agent.devices.base import ArenaError, MemoryPool
+from valve_agent.devices.base import ArenaError, DeviceError, MemoryPool
 from valve_agent.devices.cpu.kernel import set_slice
 from valve_agent.events import EventLog
 from valve_agent.gate_link import GateDied, GateError, HoldTimeout
+from valve_agent.gpu_watch import GpuWatch
 from valve_agent.holds import Gate, HoldWorker
 from valve_agent.identity import Identity, IdentityError
 from valve_agent.policy.rate import RateLimit
@@ -596,6 +597,37 @@ class Agent:
         for name in COUNTERS:
             kept[name] += getattr(page, name)
 
+    # What gpu_watch.py needs -------------------------------------------------------------------------
+
+    def process(self, pid: int) -> Process | None:
+        return self.registry.processes.get(pid)
+
+    def offline_strays(self) -> Iterable[int]:
+        return self._scan.found
+
+    def role_of(self, pid: int) -> Role:
+        try:
+            return self.identity.tenant_of(pid).role
+        except IdentityError:
+            return Role.NONE
+
+    def ours(self) -> Iterable[int]:
+        return (os.getpid(), self.gate.pid)
+
+    def judge(self, watch: GpuWatch) -> None:
+        """Who computes on the GPU without being under the gate? Kill or report it."""
+        try:
+            findings = watch.look(self)
+        except DeviceError as error:
+            self.events.emit("watch-failed", level="error", why=str(error))
+            return
+        for finding in findings:
+            self.events.emit(
+                finding.event, level="error", pid=finding.pid, why=finding.why, killed=finding.kill
+            )
+            if finding.kill:
+                _kill_number(finding.pid)
+
     # What slab_moves.py needs ------------------------------------------------------------------------
 
     def arena_limit(self, process: Process) -> int:
@@ -619,6 +651,15 @@ class Agent:
 
     def _emit_for(self, process: Process, event: str, *, level: str = "info", **fields: object) -> None:
         self.events.emit(event, level=level, tenant=process.tenant.name, pid=process.pid, **fields)
+
+
+def _kill_number(pid: int) -> None:
+    try:
+        pidfd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return  # gone by itself
+    _kill(pidfd)
+    os.close(pidfd)
 
 
 def _kill(pidfd: int) -> None:

@@ -34,8 +34,10 @@ def on_frame(gate: Gate, process: Process, frame: wire.Frame, fds: list[int]) ->
             gate.supply(process.link.connection, TABLE, fds)
         elif isinstance(frame, wire.GpuFile) and frame.kind == wire.GpuFileKind.CTL:
             gate.supply(process.link.connection, int(frame.number), fds)
+            process.gpu_files.add(int(frame.number))
         elif isinstance(frame, wire.GpuFileGone) and frame.kind == wire.GpuFileKind.CTL:
             gate.withdraw(process.link.connection, int(frame.number))
+            process.gpu_files.discard(int(frame.number))
     except GateDied:
         raise
     except GateError as error:

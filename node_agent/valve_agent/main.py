@@ -29,6 +29,7 @@ from valve_agent.devices.cpu.kernel import set_slice
 from valve_agent.devices.cpu.memory import CpuMemoryPool
 from valve_agent.events import EventLog
 from valve_agent.gate_link import GateDied, GateError, GateHandle, GateSettings
+from valve_agent.gpu_watch import GpuWatch
 from valve_agent.identity import LocalIdentity
 from valve_agent.parts import cpu_parts, nvidia_parts
 from valve_agent.policy.reservation import Reservation
@@ -51,6 +52,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--device", default="cpu", choices=["cpu", "nvidia"], help="which device to share (default: cpu)"
     )
     parser.add_argument(
+        "--gpu-commit",
+        default="none",
+        choices=["none", "preempt", "restart"],
+        help="nvidia: what must follow DISABLE_CHANNELS on this hardware (`make gpu` tells; default: none)",
+    )
+    parser.add_argument(
         "--socket", type=Path, metavar="PATH", help="where to listen (default: /run/valve/agent.sock)"
     )
     parser.add_argument(
@@ -68,7 +75,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(arguments: argparse.Namespace) -> int:
     try:
         policy = load_policy(arguments.policy)
-        parts = nvidia_parts(policy) if arguments.device == "nvidia" else cpu_parts(policy)
+        parts = (
+            nvidia_parts(policy, commit=arguments.gpu_commit)
+            if arguments.device == "nvidia"
+            else cpu_parts(policy)
+        )
         settings = parts.settings
         path = arguments.socket or sockets.default_path(os.environ, os.getuid())
         _raise_descriptor_limit()
@@ -109,7 +120,14 @@ def main(arguments: argparse.Namespace) -> int:
         return snapshot(agent, gate.stats(), huge_pages=memory.huge_pages, now_ns=time.monotonic_ns())
 
     server.watch(status.fileno(), lambda: status.answer(document()))
-    agent.on_second = lambda: parts.watch(events.emit)
+    watch = GpuWatch(parts.processes, settings.unknown_processes == "Refuse") if parts.processes else None
+
+    def look_at_device() -> None:
+        parts.watch(events.emit)
+        if watch is not None:
+            agent.judge(watch)
+
+    agent.on_second = look_at_device
     metrics = None
     if arguments.metrics_port:
         from valve_agent.metrics import Collector, MetricsServer
@@ -117,7 +135,7 @@ def main(arguments: argparse.Namespace) -> int:
         collector = Collector()
 
         def every_second() -> None:
-            parts.watch(events.emit)
+            look_at_device()
             collector.publish(document())
 
         agent.on_second = every_second

@@ -31,6 +31,9 @@ class Parts:
     """How compute is controlled and why, for status and log; empty where there is only one way."""
     watch: Callable[[Emit], None] = lambda emit: None
     """Once a second: tell what happened to the device."""
+    processes: Callable[[], Mapping[int, int]] | None = None
+    """pid -> bytes, of every process that computes on the device; None where nobody knows. May raise
+    DeviceError."""
     close: Callable[[], None] = lambda: None
 
 
@@ -41,9 +44,9 @@ def cpu_parts(policy: ColocationPolicy) -> Parts:
     return Parts(Device.CPU, "cpu", settings)
 
 
-def nvidia_parts(policy: ColocationPolicy, number: int = 0) -> Parts:
-    """GPU `number`. Raises PolicyError, DeviceError: no driver, no such GPU, or no route that the policy
-    allows."""
+def nvidia_parts(policy: ColocationPolicy, number: int = 0, commit: str = "none") -> Parts:
+    """GPU `number`; `commit`: see plan.Commit. Raises PolicyError, DeviceError: no driver, no such GPU, or no
+    route that the policy allows."""
     from valve_agent.devices.base import DeviceMissing
     from valve_agent.devices.nvidia import probe
     from valve_agent.devices.nvidia.inventory import NvidiaInventory
@@ -54,7 +57,7 @@ def nvidia_parts(policy: ColocationPolicy, number: int = 0) -> Parts:
         if number >= len(devices):
             raise DeviceMissing(f"there is no GPU {number}; this machine has {len(devices)}")
         settings = settings_for(policy, devices[number].memory_bytes)
-        choice = probe.choose(settings.route)
+        choice = probe.choose(settings.route, commit)
         inventory.watch(number)
     except BaseException:
         inventory.close()
@@ -64,5 +67,8 @@ def nvidia_parts(policy: ColocationPolicy, number: int = 0) -> Parts:
         for event in inventory.happened():
             emit("xid", level="error", xid=event.xid, why=event.sentence)
 
+    def processes() -> Mapping[int, int]:
+        return {process.pid: process.used_bytes for process in inventory.processes(number)}
+
     route = {"wanted": settings.route, **choice.document()}
-    return Parts(Device.NVIDIA, choice.gate_device(), settings, route, watch, inventory.close)
+    return Parts(Device.NVIDIA, choice.gate_device(), settings, route, watch, processes, inventory.close)

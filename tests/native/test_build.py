@@ -91,10 +91,13 @@ def test_engines_find_the_plugins(bundle: Path) -> None:
 
 
 INTERPOSED = {
-    "close", "close_range", "closefrom", "dup", "dup2", "dup3", "fcntl", "fcntl64", "ioctl", "open", "open64",
-    "openat", "openat64",
+    "close", "close_range", "closefrom", "dlsym", "dup", "dup2", "dup3", "fcntl", "fcntl64", "ioctl", "open",
+    "open64", "openat", "openat64",
+    "cuGraphLaunch", "cuGraphLaunch_ptsz", "cuLaunch", "cuLaunchCooperativeKernel",
+    "cuLaunchCooperativeKernelMultiDevice", "cuLaunchCooperativeKernel_ptsz", "cuLaunchGrid",
+    "cuLaunchGridAsync", "cuLaunchKernel", "cuLaunchKernelEx", "cuLaunchKernelEx_ptsz", "cuLaunchKernel_ptsz",
 }  # fmt: skip
-"""Functions of libc that the library stands in front of, to see what a process does with a GPU."""
+"""Functions that the library stands in front of, to see what a process does with a GPU."""
 
 
 def test_the_library_shows_its_api_and_nothing_else(bundle: Path, tmp_path: Path) -> None:

@@ -60,6 +60,10 @@ void gpu_forked(void);
 int gpu_on(void);
 void gpu_wait_while_held(uint32_t bits);
 
+/* gpu_launch.c */
+void *gpu_real_dlsym(void *library, const char *name);
+void gpu_launch_forked(void);
+
 /* gpu_control.c: called by the control loop only */
 void gpu_linked(int is_nvidia);
 void gpu_unlinked(void);

@@ -211,7 +211,8 @@ void gpu_on_bell(void)
     if (SYS3(SYS_read, gpu.bell, &rings, sizeof rings) != sizeof rings)
         return;
     command = __atomic_load_n(&GPU_TABLE->command, __ATOMIC_SEQ_CST);
-    if (!gpu.is_linked || command == gpu.answered)
+    int is_mine = __atomic_load_n(&GPU_TABLE->route, __ATOMIC_SEQ_CST) == VALVE_ROUTE_IN_PROCESS;
+    if (!gpu.is_linked || !is_mine || command == gpu.answered)
         return;
     uint32_t verb = command & 3, status = NV_OK;
     if (verb == VALVE_GPU_RUN)

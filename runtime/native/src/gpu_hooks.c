@@ -28,7 +28,7 @@
 #define NEXT(name)                                              \
     static __typeof__(&name) next;                              \
     if (__builtin_expect(next == NULL, 0))                      \
-        next = (__typeof__(&name))dlsym(RTLD_NEXT, #name)
+        next = (__typeof__(&name))gpu_real_dlsym(RTLD_NEXT, #name)
 
 static int active;
 
@@ -251,7 +251,7 @@ VALVE_API void closefrom(int first)
 {
     static void (*next)(int);
     if (next == NULL)
-        next = (void (*)(int))dlsym(RTLD_NEXT, "closefrom");
+        next = (void (*)(int))gpu_real_dlsym(RTLD_NEXT, "closefrom");
     if (gpu_on())
         gpu_files_closing(first < 0 ? 0u : (unsigned)first, ~0u);
     next(first);
@@ -313,5 +313,6 @@ void gpu_forked(void)
     gpu_control_reset();
     gpu_files_forked();
     gpu_objects_forked();
+    gpu_launch_forked();
     atomic_store(&valve.gpu_state, GPU_UNKNOWN);
 }

@@ -22,7 +22,7 @@ kind: ColocationPolicy
 metadata: {{name: test}}
 spec:
   compute: {{lease: 2s, recoveryGrace: 300ms, cooldown: {{min: 20ms, max: 200ms}}, route: {route}}}
-  guardrails: {{pauseTimeout: {pause_timeout}}}
+  guardrails: {{pauseTimeout: {pause_timeout}, unknownProcesses: {unknown}}}
   memory:
     slabSize: 2Mi
     onlineFloor: 0%
@@ -81,12 +81,17 @@ class Node:
         *,
         route: str = "auto",
         pause_timeout: str = "1s",
+        unknown: str = "Report",
         arguments: tuple[str, ...] = (),
+        knobs: dict[str, str] | None = None,
     ) -> None:
+        """`knobs`: how the driver behaves, in words of its control protocol."""
         self.machine = machine
+        for knob, value in (knobs or {}).items():
+            machine.ctl(knob, value)
         self.bundle = bundle
         folder.mkdir(parents=True, exist_ok=True)
-        policy = POLICY.format(route=route, pause_timeout=pause_timeout)
+        policy = POLICY.format(route=route, pause_timeout=pause_timeout, unknown=unknown)
         self.agent = FakeNodeAgent(machine, folder, policy, *arguments)
 
     def start(self) -> Node:
@@ -117,6 +122,11 @@ class Node:
         actor = self.tenant("online", name)
         actor.run(ENGINE)
         return actor
+
+    def pid_of(self, tenant: str) -> int:
+        """The one process of a tenant."""
+        (process,) = self.agent.status()["tenants"][tenant]["processes"]
+        return int(process["pid"])
 
     def channels(self, engine: int | None = 1) -> list[dict[str, Any]]:
         """What the driver thinks of the channels."""

@@ -42,7 +42,7 @@ _clock = time.monotonic_ns
 class GpuTarget:
     """One offline process. `gpu` is None until its libvalve has sent the table."""
 
-    __slots__ = ("gone", "gpu", "level", "pid", "pidfd", "proven", "route", "stopped", "why")
+    __slots__ = ("gone", "gpu", "level", "pid", "pidfd", "proven", "route", "stopped", "wanted", "why")
 
     def __init__(self, pid: int, pidfd: int) -> None:
         self.pid = pid
@@ -50,6 +50,7 @@ class GpuTarget:
         self.gone = False
         self.gpu: GpuProcess | None = None
         self.level = RUNNING
+        self.wanted = RUNNING
         self.stopped = -1
         """the table's `changes` when `level` was reached"""
         self.proven = -1
@@ -149,7 +150,7 @@ class NvidiaCompute:
         for target in targets:
             if target.gone:
                 continue
-            target.level, target.stopped = RUNNING, -1
+            target.level, target.wanted, target.stopped = RUNNING, RUNNING, -1
             if target.gpu is not None and not self._let_run(target, target.gpu):
                 continue  # it stays held; `tend` tries again
             try:
@@ -165,14 +166,16 @@ class NvidiaCompute:
         return False
 
     def running(self, targets: Sequence[GpuTarget]) -> Sequence[GpuTarget]:
-        """Those whose channels changed since they were stopped and cannot be stopped again."""
+        """Those that are less off than they should be. Whose channels have changed since is stopped again
+        first: that alone is no offence."""
         suspects = []
         for target in targets:
             gpu = target.gpu
-            if gpu is None or target.gone or target.level == RUNNING:
+            if gpu is None or target.gone or target.wanted == RUNNING:
                 continue
             gpu.table.hold = HOLD_ALL
-            if not target.is_settled and self._stop_one(target, gpu, target.level) is not None:
+            settled = target.level >= target.wanted and target.is_settled
+            if not settled and self._stop_one(target, gpu, target.wanted) is not None:
                 suspects.append(target)
         return suspects
 
@@ -199,6 +202,7 @@ class NvidiaCompute:
     def _stop(self, targets: Sequence[GpuTarget], level: int) -> None:
         started = _clock()
         for target in targets:
+            target.wanted = max(level, target.wanted)
             if target.gpu is not None:
                 target.gpu.table.hold = HOLD_ALL
         refused: dict[int, str] = {}
@@ -206,17 +210,17 @@ class NvidiaCompute:
             gpu = target.gpu
             if gpu is None or target.gone or (target.level >= level and target.is_settled):
                 continue
-            why = self._stop_one(target, gpu, max(level, target.level))
+            why = self._stop_one(target, gpu, target.wanted)
             if why is None:
                 continue
             target.gone = self.is_gone(target)
             if not target.gone:
                 refused[target.pid] = why
         took = _clock() - started
-        if took > SLOW_NS:
-            self._note("slow_driver", took_ms=took / 1e6, pids=[target.pid for target in targets])
         if refused:
             raise PauseTimeout(list(refused), took / 1e3, refused)
+        if took > SLOW_NS:
+            self._note("slow_driver", took_ms=took / 1e6, pids=[target.pid for target in targets])
 
     def _stop_one(self, target: GpuTarget, gpu: GpuProcess, level: int) -> str | None:
         """By the target's route or the next that works; returns why none does."""
@@ -301,5 +305,5 @@ def parse(text: str) -> NvidiaCompute:
         elif name == routes.IN_PROCESS:
             made.append(routes.InProcessRoute())
         elif name == routes.LAUNCH_GATE:
-            continue
+            made.append(routes.LaunchGateRoute())
     return NvidiaCompute(made)

@@ -91,7 +91,9 @@ def _stop(fd: int, client: int, subdevice: int, channels: list[Channel], commit:
         groups = dict.fromkeys(channel.group for channel in channels if channel.group)
         blocks += [rm.preempt_block(client, group) for group in groups]
     elif commit is Commit.RESTART:
-        firsts = {channel.group or channel.channel: channel.channel for channel in channels}
+        firsts: dict[int, int] = {}
+        for channel in channels:
+            firsts.setdefault(channel.group or channel.channel, channel.channel)
         blocks += [rm.restart_block(client, channel) for channel in firsts.values()]
     return [(fd, block) for block in blocks]
 

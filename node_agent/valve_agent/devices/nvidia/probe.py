@@ -92,9 +92,15 @@ def choose(wanted: str = AUTO, commit: str = "none") -> Choice:
         allowed = tuple(route for route in works if route != PATCHED)
     else:
         allowed = tuple(route for route in works if route == wanted)
+    if not allowed and wanted != AUTO:
+        why = next(verdict.why for verdict in verdicts if verdict.route == wanted)
+        raise NoRoute(
+            f"{ROUTE_FIELD} is {wanted}, which does not work here: {why}. "
+            "Set it to auto, or ask `valve doctor`"
+        )
     if not allowed:
-        why = "; ".join(f"{v.route}: {v.why}" for v in verdicts if wanted in (AUTO, v.route))
-        raise NoRoute(f"{ROUTE_FIELD} is {wanted}, which does not work here. {why}")
+        why = "; ".join(f"{verdict.route}: {verdict.why}" for verdict in verdicts)
+        raise NoRoute(f"no route works here: {why}")
     return Choice(version, branch.name if branch else None, allowed, verdicts, commit)
 
 

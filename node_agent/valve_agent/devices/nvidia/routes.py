@@ -30,6 +30,8 @@ NUMBERS = {AGENT: 1, IN_PROCESS: 2, PATCHED: 3, LAUNCH_GATE: 4}
 ATTEMPTS = 4
 """How often a stop is tried anew because the process changed its channels meanwhile."""
 ANSWER_TIMEOUT_S = 0.02
+DRAIN_WAIT_S = 0.002
+"""How long one attempt of launch-gate waits; the gate tries again."""
 POLL_S = 20e-6
 STOP_COMPUTE, STOP_ALL, RUN = 1, 2, 3
 
@@ -141,6 +143,7 @@ class InProcessRoute:
 
     def _order(self, process: GpuProcess, verb: int) -> str | None:
         table = process.table
+        table.route = NUMBERS[self.name]
         for _ in range(ATTEMPTS):
             changes = table.changes
             process.command += 1
@@ -162,6 +165,41 @@ class InProcessRoute:
             if changes == table.changes or verb == RUN:
                 return None
         return "it makes and frees channels faster than they can be disabled"
+
+
+class LaunchGateRoute:
+    """Launches and copies wait in the process; the pause is over when a thread of libvalve has seen that all
+    that was launched before has ended. No channel is touched, so it works where nothing else does."""
+
+    name: ClassVar[str] = LAUNCH_GATE
+
+    def prepare(self, process: GpuProcess) -> None:
+        return None
+
+    def stop(self, process: GpuProcess, everything: bool) -> str | None:
+        table = process.table
+        if table.overflow:
+            return "its channels are not all known: use fewer streams and contexts in one process"
+        if table.launch_hooks == 0:
+            return None  # it has launched nothing yet, and its first launch will wait
+        table.route = NUMBERS[self.name]
+        if table.command & 3 != STOP_ALL:
+            process.command += 1
+            table.order(process.command << 2 | STOP_ALL)
+            table.wake_command()
+        until = _clock() + DRAIN_WAIT_S
+        while table.answered != table.command:
+            if _clock() > until:
+                return "what it launched before the pause still runs (route launch-gate waits for its end)"
+            _sleep(POLL_S)
+        return None
+
+    def run(self, process: GpuProcess) -> str | None:
+        process.table.route = NUMBERS[self.name]
+        process.command += 1
+        process.table.order(process.command << 2 | RUN)
+        process.table.wake_command()
+        return None
 
 
 def _issue(steps: Sequence[Step]) -> int:

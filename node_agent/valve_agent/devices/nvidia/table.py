@@ -106,6 +106,7 @@ class GpuTable:
         at = ctypes.addressof(self._at)
         self._hold_at = at + TableLayout.hold.offset
         self._taken_at = at + TableLayout.taken.offset
+        self._command_at = at + TableLayout.command.offset
 
     def close(self) -> None:
         self._at = None
@@ -168,6 +169,9 @@ class GpuTable:
     @route.setter
     def route(self, value: int) -> None:
         self._at.route = value
+
+    def wake_command(self) -> None:
+        _libc.syscall(_SYS_FUTEX, ctypes.c_void_p(self._command_at), _FUTEX_WAKE, 0x7FFFFFFF, None, None, 0)
 
     def order(self, command: int) -> None:
         self._at.command = command
