@@ -54,7 +54,8 @@ class PageLayout(ctypes.LittleEndianStructure):
         ("heartbeat_ns", ctypes.c_uint64),
         ("gate", ctypes.c_uint32),
         ("reserved1", ctypes.c_uint32),
-        ("agent_reserved", ctypes.c_uint8 * 40),
+        ("memory_limit_bytes", ctypes.c_uint64),
+        ("agent_reserved", ctypes.c_uint8 * 32),
         ("busy", ctypes.c_uint32),
         ("busy_seq", ctypes.c_uint32),
         ("busy_since_ns", ctypes.c_uint64),
@@ -64,7 +65,8 @@ class PageLayout(ctypes.LittleEndianStructure):
         ("recomputed", ctypes.c_uint64),
         ("lost_blocks", ctypes.c_uint64),
         ("recomputed_tokens", ctypes.c_uint64),
-        ("runtime_reserved", ctypes.c_uint8 * 3968),
+        ("direct_bytes", ctypes.c_uint64),
+        ("runtime_reserved", ctypes.c_uint8 * 3960),
     )
 
 
@@ -141,6 +143,20 @@ class Page:
     @gate.setter
     def gate(self, value: int) -> None:
         self._at.gate = value
+
+    @property
+    def memory_limit_bytes(self) -> int:
+        """GPU memory that the process may have, its arena included; 0: any amount."""
+        return int(self._at.memory_limit_bytes)
+
+    @memory_limit_bytes.setter
+    def memory_limit_bytes(self, value: int) -> None:
+        self._at.memory_limit_bytes = value
+
+    @property
+    def direct_bytes(self) -> int:
+        """GPU memory that the process says it allocated beside its arena."""
+        return int(self._at.direct_bytes)
 
     @property
     def busy(self) -> bool:

@@ -30,7 +30,6 @@ from valve_agent.pool import ANSWER_TIMEOUT_NS, RETRY_NS, Holder
 from valve_agent.registry import Process, Registry
 from valve_agent.wire import MemoryRoute, RejectCode, Role, bits
 
-
 FILL_SLABS = 64
 """Slabs made in one second."""
 

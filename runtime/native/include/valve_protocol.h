@@ -228,7 +228,8 @@ struct valve_page {
     uint64_t heartbeat_ns; /* agent: its last sign of life */
     uint32_t gate;         /* agent: 0 unknown, 1 open, 2 paused */
     uint32_t reserved1;
-    uint8_t agent_reserved[40];
+    uint64_t memory_limit_bytes; /* agent: GPU memory that this process may have, its arena included; 0: any */
+    uint8_t agent_reserved[32];
 
     uint32_t busy;           /* runtime, @64: 1 while a request is in this process */
     uint32_t busy_seq;       /* runtime: +1 at every change of busy */
@@ -239,7 +240,8 @@ struct valve_page {
     uint64_t recomputed;     /* runtime: requests recomputed after a reclaim */
     uint64_t lost_blocks;    /* runtime: KV blocks lost to reclaims */
     uint64_t recomputed_tokens; /* runtime */
-    uint8_t runtime_reserved[3968];
+    uint64_t direct_bytes;   /* runtime: GPU memory that it allocated beside its arena */
+    uint8_t runtime_reserved[3960];
 };
 
 /* The ownership ledger: which request owns part of which slab, so that the agent

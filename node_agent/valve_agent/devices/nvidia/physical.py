@@ -12,6 +12,7 @@ Threading model: the server thread. Callers: memory.py.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import struct
 from dataclasses import dataclass
@@ -101,7 +102,11 @@ class PhysicalSlabs:
         none can be made; other DeviceErrors from the driver."""
         slab = self._free.pop() if self._free else self._make()
         if slab.dirty:
-            self._zero([slab])
+            try:
+                self._zero([slab])
+            except DeviceError:
+                self._free.insert(0, slab)  # it stays dirty; the others may do
+                raise
         return slab
 
     def give(self, slabs: list[Slab]) -> None:
@@ -110,7 +115,8 @@ class PhysicalSlabs:
             slab.dirty = self.scrubs
         self._free += slabs
         if self.scrubs and slabs:
-            self._zero(slabs)
+            with contextlib.suppress(DeviceError):  # still dirty: `take` tries again, and says why it cannot
+                self._zero(slabs)
 
     def export(self, slab: Slab) -> int:
         """A descriptor that a tenant's libcuda can import; the caller's to close."""
