@@ -219,6 +219,8 @@ class Rig:
         self.close()
 
     def close(self) -> None:
+        with contextlib.suppress(DeviceError), self.lock:
+            self.compute.quiesce(list(self._targets.values()))  # nothing runs when its memory goes
         try:
             self._undo.close()
         finally:

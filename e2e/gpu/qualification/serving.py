@@ -87,7 +87,7 @@ def serving(machine: Machine, tools: Tools, count: int) -> Found:
     figures: dict[str, Any] = {}
     notes: list[str] = []
     model, rate = ("tiny", 2.0) if machine.is_fake else ("1b", 4.0)
-    environment = dict(os.environ)
+    environment = _environment(machine)
     with contextlib.closing(Worker("online", model, environment)) as online:
         figures["model"] = online.ready()
         figures["alone"] = {"online": _one(online, count, rate)}
@@ -109,6 +109,13 @@ def serving(machine: Machine, tools: Tools, count: int) -> Found:
         except (RigError, GateError) as problem:
             notes.append(f"{route}: {problem}")
     return _judge(figures, notes)
+
+
+def _environment(machine: Machine) -> dict[str, str]:
+    """The CUDA runtime cannot live on a fake driver, so there the engines must not find its libcuda."""
+    if machine.is_fake:
+        os.environ.pop("LD_LIBRARY_PATH", None)  # for the processes of the rig, too
+    return dict(os.environ)
 
 
 def _judge(figures: dict[str, Any], notes: list[str]) -> Found:
@@ -183,11 +190,11 @@ def _valve(
     gate = GateHandle.start(f"nvidia:{route}/none", GateSettings(lease_ns=60_000_000_000))
     try:
         with Rig(machine, tools, gate=gate) as rig:
-            library = {"VALVE_LIBRARY": str(tools.libvalve)}
+            more = {**_environment(machine), "VALVE_LIBRARY": str(tools.libvalve)}
             found = _pair(
                 model,
-                {**rig.environment("online"), **library},
-                {**rig.environment("offline"), **library},
+                {**more, **rig.environment("online")},
+                {**more, **rig.environment("offline")},
                 seconds,
                 rate,
             )

@@ -90,7 +90,10 @@ class Engine:
         self.vocabulary = config.vocab_size
         self._tenant = tenant
         known = inspect.signature(ContinuousBatchingConfig).parameters
-        batching = ContinuousBatchingConfig(**{k: v for k, v in BATCHING.items() if k in known})
+        chosen = {name: value for name, value in BATCHING.items() if name in known}
+        if "page_size" in chosen:
+            chosen.pop("block_size", None)  # its older name
+        batching = ContinuousBatchingConfig(**chosen)
         self.manager = model.init_continuous_batching(
             generation_config=GenerationConfig(do_sample=False, eos_token_id=-1, max_new_tokens=NEW_TOKENS),
             continuous_batching_config=batching,

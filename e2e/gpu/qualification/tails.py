@@ -12,7 +12,9 @@ from typing import Any
 from qualification.evict import FULL_BLOCK, FULL_GRID
 from qualification.machine import Machine, Tools
 from qualification.record import Found, spread
-from qualification.rig import Actor, Rig, RigError
+from qualification.rig import Actor, Rig, RigError, Watch
+from valve_agent.devices.nvidia import probe
+from valve_agent.devices.nvidia.routes import AGENT, IN_PROCESS, LAUNCH_GATE, PATCHED
 from valve_agent.gate_link import GateHandle, GateSettings
 
 CHURN = """
@@ -28,6 +30,9 @@ def contexts():
 task = Background({what})
 """
 NEIGHBOURS = ("none", "churn", "contexts")
+ROUTES = (AGENT, IN_PROCESS, PATCHED, LAUNCH_GATE)
+SHORT_US = 200
+"""Kernels for launch-gate, which waits for the end of what was launched."""
 BLOCK = 100
 GOAL_US = 1000.0
 
@@ -73,22 +78,33 @@ def e10(machine: Machine, tools: Tools, count: int) -> Found:
 
 
 def preempt(machine: Machine, tools: Tools, count: int) -> Found:
-    """Online turns busy (libvalve's time stamp) until offline is evicted, through the real gate process."""
+    """Online turns busy (libvalve's time stamp) until offline is evicted, through the real gate process.
+    The goal is for routes that stop a kernel in the middle."""
     figures: dict[str, Any] = {}
     moved = 0
-    for route in ("agent", "in-process"):
+    verdicts = {verdict.route: verdict for verdict in probe.probe(machine.driver)}
+    notes = [f"{route}: {verdicts[route].why}" for route in ROUTES if not verdicts[route].works]
+    for route in (route for route in ROUTES if verdicts[route].works):
         for what in ("none", "churn"):
             figures[f"{route}, neighbour: {what}"] = cycles = _preempt(machine, tools, route, what, count)
             moved += cycles["moved while said to be paused"]
-    p99 = max(figure["signal to evicted"]["p99_us"] for figure in figures.values())
+    if not figures:
+        return Found("fail", "no route works: see notes", figures, notes)
     if moved:
-        return Found(
-            "fail", f"in {moved} cycles the victim moved while the gate said that it was paused", figures
-        )
+        answer = f"in {moved} cycles the victim moved while the gate said that it was paused"
+        return Found("fail", answer, figures, notes)
+    p99 = max(
+        (
+            figure["signal to evicted"]["p99_us"]
+            for name, figure in figures.items()
+            if LAUNCH_GATE not in name
+        ),
+        default=float("inf"),
+    )
     met = "met" if p99 < GOAL_US else "missed"
     verdict = "pass" if machine.is_fake or p99 < GOAL_US else "fail"
-    answer = f"signal to evicted: worst p99 of all routes {p99:.0f} us; the goal of 1 ms is {met}"
-    return Found(verdict, answer, figures)
+    answer = f"signal to evicted: worst p99 of routes by channel {p99:.0f} us; the goal of 1 ms is {met}"
+    return Found(verdict, answer, figures, notes)
 
 
 def _preempt(machine: Machine, tools: Tools, route: str, what: str, count: int) -> dict[str, Any]:
@@ -100,7 +116,10 @@ def _preempt(machine: Machine, tools: Tools, route: str, what: str, count: int) 
         with Rig(machine, tools, gate=gate) as rig:
             victim, watch = rig.offline(), rig.watch(observed=False)
             grid, block = (1, 1) if machine.is_fake else (FULL_GRID, FULL_BLOCK)
-            rig.run_timer(victim, watch, grid=grid, block=block)
+            if route == LAUNCH_GATE:
+                _short_kernels(victim, watch, grid, block)
+            else:
+                rig.run_timer(victim, watch, grid=grid, block=block)
             online = rig.online(watch)
             neighbour = _disturb(machine, tools, rig, what)
             time.sleep(0.1)
@@ -124,6 +143,21 @@ def _preempt(machine: Machine, tools: Tools, route: str, what: str, count: int) 
             }
     finally:
         gate.close()
+
+
+def _short_kernels(victim: Actor, watch: Watch, grid: int, block: int) -> None:
+    """One after the other, for as long as the process lives."""
+    victim.run(
+        f"page = cu.shared({watch.path!r})\n"
+        "def work():\n"
+        "    cu.enter()\n"
+        "    while True:\n"
+        f"        cu.launch('timer_writer', page, {SHORT_US}, grid={grid}, block={block})\n"
+        "        cu.synchronize()\n"
+        "task = Background(work)"
+    )
+    if not watch.advances():
+        raise RigError("the kernels do not begin")
 
 
 RATES_HZ = (1, 10, 100)
