@@ -217,6 +217,8 @@ static void *instead_of(void *real, const char *name, enum what what, int is_v2)
 {
     if (what != FINDER)
         return wrap(real, what);
+    if (real == (void *)find || real == (void *)find_v2)
+        return real; /* it was found through us already */
     is_v2 = is_v2 || strcmp(name, "cuGetProcAddress_v2") == 0;
     *(is_v2 ? &real_finder_v2 : &real_finder) = (finder *)real;
     return is_v2 ? (void *)find_v2 : (void *)find;

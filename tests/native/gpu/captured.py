@@ -24,7 +24,8 @@ WAIT_S = 20.0
 class Captured:
     """One offline process and the frames that it sends about its GPU."""
 
-    def __init__(self, machine: Machine, library: Path, folder: Path, device: wire.Device) -> None:
+    def __init__(self, machine: Machine, library: str | Path, folder: Path, device: wire.Device) -> None:
+        """`library`: what to preload."""
         self.machine = machine
         self.agent = FakeAgent(folder / "agent.sock")
         self.files: dict[int, tuple[int, int]] = {}

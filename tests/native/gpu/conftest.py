@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -13,6 +14,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "fakenv"))
 from node import Node
+from victims import build
 
 import fakenv
 
@@ -50,6 +52,18 @@ def new_node(fakenv_binaries: Path, bundle: Path, tmp_path: Path) -> Iterator[Ne
             return node.start()
 
         yield make
+
+
+@pytest.fixture(scope="session")
+def sanitized(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """What to preload for a libvalve under AddressSanitizer and UBSan."""
+    out = tmp_path_factory.mktemp("sanitized")
+    runtime = subprocess.run(
+        [build.compiler(), "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    if not Path(runtime).exists():
+        pytest.skip("no AddressSanitizer runtime (libasan.so): install it with the C compiler")
+    return f"{Path(runtime).resolve()}:{build.build(out, 'address')}"
 
 
 @pytest.fixture

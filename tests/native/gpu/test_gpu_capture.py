@@ -195,6 +195,34 @@ def test_threads_that_make_and_free(captured: Captured) -> None:
     assert captured.agrees()
 
 
+def test_under_the_sanitizers(
+    new_machine: fakenv.NewMachine, sanitized: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process of everything above: the sanitizers would end it."""
+    monkeypatch.setenv("ASAN_OPTIONS", "detect_leaks=0:exitcode=99")
+    captured = Captured(new_machine(), sanitized, tmp_path, wire.Device.NVIDIA)
+    try:
+        captured.run(RAW)
+        captured.run(f"made = [c.alloc(t['tsg'], {CHANNEL}, xfer=True)[1] for _ in range(1015)]")
+        captured.run(f"late = [c.alloc(t['tsg'], {CHANNEL}, wide=True)[1] for _ in range(10)]")
+        assert captured.at().overflow == 5
+        captured.run("[c.free(h) for h in made[::2]]; other = os.dup(c.fd); os.close(c.fd); c.fd = other")
+        captured.run("import driver_api; cu = driver_api.Cuda(); cu.launch('nop'); cu.synchronize()")
+        captured.hold()
+        captured.actor.start(f"result = c.alloc(t['tsg'], {CHANNEL})[0]")
+        assert captured.waits()
+        captured.let_go()
+        assert captured.finish() == 0
+        assert captured.run("result = c.free(t['device'])") == 0
+        assert sorted(channel.engine for channel in captured.channels()) == [1] * 8 + [9, 10]
+        assert captured.run("os.close(c.fd); result = len(os.listdir('/proc/self/fd'))")
+        captured.frames()
+        assert len(captured.gone) == 1
+        assert captured.actor.process.poll() is None
+    finally:
+        captured.close()
+
+
 def test_a_library_loaded_late_is_seen(new_captured: NewCaptured) -> None:
     captured = new_captured()
     captured.run("import ctypes")

@@ -121,6 +121,21 @@ def _tenant_pids(node: Node) -> list[int]:
     return [int(file["pid"]) for file in node.machine.status()["files"] if file["kind"] == "ctl"]
 
 
+def test_a_hung_agent_does_not_keep_offline_running(node: Node) -> None:
+    """SIGSTOP of both of its processes: no heartbeat, and after the lease the helper acts by itself."""
+    victim = node.victim()
+    agent = node.agent.pid
+    gate = int(Path(f"/proc/{agent}/task/{agent}/children").read_text().split()[0])
+    for pid in (agent, gate):
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        wait_for("all channels to be disabled", lambda: all(c["disabled"] for c in node.channels(None)))
+    finally:
+        for pid in (gate, agent):
+            os.kill(pid, signal.SIGCONT)
+    assert advances(victim), "the agent is back and nobody is busy"
+
+
 def test_a_process_that_dies_is_closed_at_once(node: Node) -> None:
     victim = node.victim()
     victim.run("p = cu.alloc(64 << 20)")

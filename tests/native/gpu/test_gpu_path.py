@@ -3,11 +3,39 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 from conftest import NewNode
 from node import advances, busy, comes_to_stand, idle
 
 import fakenv
+
+
+def test_many_pauses_change_no_result(new_node: NewNode) -> None:
+    """A checksum over memory, interrupted all along, is bit-equal to one that was left alone."""
+    node = new_node()
+    victim = node.victim(launch=False)
+    victim.run("""
+        p, sums = cu.alloc(8 << 20), cu.host(4096)
+        cu("cuMemsetD32_v2", p, driver_api.ctypes.c_uint(0x9E3779B9), 2 << 20)
+        def checksum(rounds):
+            cu.launch("checksum", p, 8 << 20, rounds, sums)
+            cu.synchronize()
+            return cu.read64(sums)
+    """)
+    expected = victim.run("result = checksum(60)")
+    engine = node.engine()
+    node.agent.wait_event("resume")
+    victim.start("result = checksum(60)")
+    for _ in range(30):
+        busy(engine)
+        idle(engine)
+        time.sleep(0.03)
+    assert victim.finish() == expected
+    assert sum(c["evictions"] for c in node.channels()) > 0, "it was interrupted"
+    assert node.machine.status()["evict_timeouts"] == 0
+    assert node.machine.status()["xids"] == [[0, 0]]
 
 
 @pytest.mark.parametrize("branch", fakenv.BRANCHES)
