@@ -22,9 +22,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parents[2] / "node_agent")]
+sys.path[:0] = [str(HERE.parent), str(HERE.parents[2] / "node_agent")]
 
-from cuda import Cuda, CudaError  # noqa: E402
+from qualification.cuda import Cuda, CudaError  # noqa: E402
 
 
 class Background:

@@ -12,8 +12,9 @@ from collections.abc import Callable
 from typing import Any
 
 from qualification.machine import Machine, Tools
+from qualification.processes import Actor
 from qualification.record import Found
-from qualification.rig import Actor, Rig
+from qualification.rig import Rig
 
 RETURN_S = 20.0
 CONTEXTS, CONTEXTS_FAKE = 9, 5

@@ -9,8 +9,9 @@ from __future__ import annotations
 import time
 
 from qualification.machine import Machine, Tools
+from qualification.processes import Actor
 from qualification.record import Found, spread
-from qualification.rig import Actor, Rig
+from qualification.rig import Rig
 
 CHECKSUM = """
 n, sums = {size}, cu.alloc(8)

@@ -10,8 +10,9 @@ import struct
 import time
 
 from qualification.machine import Machine, Tools
+from qualification.processes import Actor, Watch
 from qualification.record import Found, spread
-from qualification.rig import Actor, Rig, Watch
+from qualification.rig import Rig
 from valve_agent.devices.base import DeviceError
 from valve_agent.devices.nvidia import rm
 from valve_agent.devices.nvidia.plan import Commit
@@ -95,7 +96,7 @@ def e2(machine: Machine, tools: Tools, count: int) -> Found:
 def e3(machine: Machine, tools: Tools, count: int) -> Found:
     """Cost of each commit step on an idle and on a busy victim, and of a call that does nothing."""
     figures: dict[str, object] = {}
-    evicts = {}
+    evicts: dict[str, bool] = {}
     for commit in (Commit.NONE, Commit.PREEMPT, Commit.RESTART):
         for load in ("idle", "busy"):
             with Rig(machine, tools, commit=commit) as rig:

@@ -11,8 +11,9 @@ import os
 import struct
 
 from qualification.machine import Machine, Tools
+from qualification.processes import Actor, Watch
 from qualification.record import Found, Skip
-from qualification.rig import Actor, Rig, Watch, stop_process
+from qualification.rig import Rig, stop_process
 from valve_agent.devices.base import DeviceError
 from valve_agent.devices.nvidia import rm
 from valve_agent.devices.nvidia.table import Channel

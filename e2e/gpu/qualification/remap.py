@@ -10,9 +10,10 @@ import os
 import time
 
 from qualification.machine import Machine, Tools
+from qualification.processes import Actor
 from qualification.reach import driver_files
 from qualification.record import Found
-from qualification.rig import Actor, Rig
+from qualification.rig import Rig
 from valve_agent.devices.base import DeviceError
 from valve_agent.devices.nvidia.cuda_driver import CudaDriver
 from valve_agent.devices.nvidia.physical import PhysicalSlabs

@@ -31,8 +31,9 @@ from pathlib import Path
 from typing import Any
 
 from qualification.machine import Machine, Tools
+from qualification.processes import RigError
 from qualification.record import Found, Skip, spread
-from qualification.rig import Rig, RigError
+from qualification.rig import Rig
 from valve_agent.gate_link import GateError, GateHandle, GateSettings
 
 WORKER = Path(__file__).resolve().parent / "serving_worker.py"

@@ -11,8 +11,9 @@ from typing import Any
 
 from qualification.evict import FULL_BLOCK, FULL_GRID
 from qualification.machine import Machine, Tools
+from qualification.processes import Actor, RigError, Watch
 from qualification.record import Found, spread
-from qualification.rig import Actor, Rig, RigError, Watch
+from qualification.rig import Rig
 from valve_agent.devices.nvidia import probe
 from valve_agent.devices.nvidia.routes import AGENT, IN_PROCESS, LAUNCH_GATE, PATCHED
 from valve_agent.gate_link import GateHandle, GateSettings
