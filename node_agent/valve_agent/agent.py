@@ -22,6 +22,7 @@ from valve_agent.devices.base import ArenaError, DeviceError, MemoryPool
 from valve_agent.devices.cpu.kernel import set_slice
 from valve_agent.events import EventLog
 from valve_agent.gate_link import GateDied, GateError, HoldTimeout
+from valve_agent.gpu_limits import GpuLimits
 from valve_agent.gpu_watch import GpuWatch
 from valve_agent.holds import Gate, HoldWorker
 from valve_agent.identity import Identity, IdentityError
@@ -40,7 +41,7 @@ SLICE_NS = 100_000
 """Turns of a helper on the CPU: an online request waits for it in a reclaim, and short turns come soon."""
 REJECTS_LOGGED_PER_MINUTE = 120
 """Anybody may connect and be refused; the log must not fill the disk for it."""
-_POOL, _MOVES = "pool", "moves"
+_POOL, _MOVES, _STRANGERS = "pool", "moves", "strangers"
 """Who asked for a hold."""
 COUNTERS = ("requests", "tokens", "recomputed", "lost_blocks", "recomputed_tokens")
 
@@ -55,6 +56,8 @@ class Agent:
     pool: Pool
     moves: SlabMoves | None = None
     """Set by main where the agent maps memory itself (nvidia)."""
+    limits: GpuLimits | None = None
+    """Likewise: what tenants may allocate beside their arenas."""
 
     def __init__(
         self,
@@ -84,6 +87,8 @@ class Agent:
         """How this device's compute is controlled and why; empty on a device with one way."""
         self.holds_standing = 0
         """Offline is paused and evicted until as many releases."""
+        self._strangers = ""
+        """`asked` or `held`: offline gets no compute, because somebody unknown uses the device."""
         self.retired: dict[str, dict[str, int]] = {}
         """Tenant -> counters of processes that are gone."""
         self.closing = False
@@ -177,7 +182,9 @@ class Agent:
         while (answer := self._holds.take()) is not None:
             who, held, why = answer
             self.holds_standing += held
-            if who == _MOVES and self.moves is not None:
+            if who == _STRANGERS:
+                self._strangers = "held" if held else ""
+            elif who == _MOVES and self.moves is not None:
                 self.moves.on_held(held, why)
             else:
                 self.pool.on_held(held, why)
@@ -317,6 +324,8 @@ class Agent:
         gpu_link.check_version(tenant.role, self.device, connection.version)
         helper = connection.peer.pid != main
         page_fd, page = Page.create()
+        if self.limits is not None and tenant.role == Role.OFFLINE:
+            page.memory_limit_bytes = self.limits.first(tenant)
         # Under the gate before WELCOME: an offline process must be stoppable as soon as it is a tenant.
         try:
             if tenant.role == Role.ONLINE:
@@ -551,6 +560,11 @@ class Agent:
                 self.events.emit("uncontrollable", level="error", why=str(error))
         for process in list(self.registry.processes.values()):
             self._watch(process, now)
+        if self.limits is not None:
+            try:
+                self.limits.look()
+            except DeviceError as error:
+                self.events.emit("unjudged", level="error", why=str(error))
         if self.moves is not None and now >= self.started_ns + self.settings.recovery_grace_ns:
             self.moves.every_second()  # not before those who hold memory have come back
         self.on_second()
@@ -627,6 +641,12 @@ class Agent:
             )
             if finding.kill:
                 _kill_number(finding.pid)
+        if watch.refuses and not self._strangers:
+            self._strangers = "asked"
+            self._holds.ask(_STRANGERS)
+        elif not watch.refuses and self._strangers == "held":
+            self._strangers = ""
+            self.release()
 
     # What slab_moves.py needs ------------------------------------------------------------------------
 

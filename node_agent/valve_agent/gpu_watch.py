@@ -4,7 +4,8 @@
 Why it exists: a process whose channels libvalve did not see (statically linked, loaded past the preload, or
 of no tenant at all) would compute while the gate believes the GPU quiet. NVML knows every process with a
 context, so it is the judge: an offline process that computes uncontrolled is ended (P6); one of no tenant is
-reported, and ended if the policy refuses unknown processes.
+reported, and where the policy refuses unknown processes offline gets no compute while it is there: nobody
+could pause it for online, and it is not ours to end.
 
 Threading model: the server thread, once a second. Caller: main.py.
 """
@@ -45,12 +46,15 @@ class Finding:
     event: str
     """uncontrolled, unknown-process"""
     kill: bool
+    """Else the agent only says so."""
     why: str
 
 
 class GpuWatch:
     def __init__(self, processes: Callable[[], Mapping[int, int]], refuse_unknown: bool) -> None:
         """`processes`: pid -> bytes of GPU memory, of every process with a context. May raise DeviceError."""
+        self.refuses = False
+        """Offline must get no compute now."""
         self._processes = processes
         self._refuse = refuse_unknown
         self._seen: dict[int, int] = {}
@@ -69,6 +73,7 @@ class GpuWatch:
             finding = self._judge(pid, used, parties, pid in strays)
             if finding is not None:
                 suspects[pid] = finding
+        self.refuses = self._refuse and any(not finding.kill for finding in suspects.values())
         self._seen = {pid: self._seen.get(pid, 0) + 1 for pid in suspects}
         for pid, finding in suspects.items():
             if self._seen[pid] >= LOOKS and (finding.kill or pid not in self._told):
@@ -94,7 +99,12 @@ class GpuWatch:
         return Finding(
             pid,
             "unknown-process",
-            self._refuse,
+            False,
             f"process {pid} uses {used >> 20} MiB of the GPU and belongs to no tenant: start it with `valve "
-            "run`, or keep it off this GPU",
+            "run`, or keep it off this GPU"
+            + (
+                ". Until then offline gets no compute (spec.guardrails.unknownProcesses)"
+                if self._refuse
+                else ""
+            ),
         )

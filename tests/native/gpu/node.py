@@ -51,6 +51,10 @@ class FakeNodeAgent(LiveAgent):
         super().__init__(folder, policy, arguments=("--device", "nvidia", *arguments))
         self.machine = machine
 
+    @property
+    def pid_or_0(self) -> int:
+        return self._process.pid if self._process is not None else 0
+
     def start(self) -> None:
         command = [
             *self.machine.prefix(), sys.executable, "-m", "valve_cli.main", "agent", "--policy",
@@ -129,8 +133,10 @@ class Node:
         return int(process["pid"])
 
     def channels(self, engine: int | None = 1) -> list[dict[str, Any]]:
-        """What the driver thinks of the channels."""
-        return [c for c in self.machine.status()["channels"] if engine in (None, c["engine"])]
+        """What the driver thinks of the tenants' channels (the agent has a context of its own)."""
+        status = self.machine.status()
+        ours = [c["handle"] for c in status["clients"] if c["pid"] == self.agent.pid_or_0]
+        return [c for c in status["channels"] if engine in (None, c["engine"]) and c["client"] not in ours]
 
 
 def busy(engine: Actor) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import NewNode
 from node import LONG_US, VICTIM, Node, advances, busy, comes_to_stand, idle, stands
-from victims import state
+from victims import children, state
 
 from valve_cli.bench.rig import wait_for
 
@@ -103,10 +103,10 @@ def test_without_an_agent_offline_stands_until_the_next_one(node: Node, paused: 
     if paused:
         busy(engine)
         assert comes_to_stand(victim)
+    pid = node.pid_of("victim")
     node.agent.kill()
-    pid = int(node.machine.status()["clients"][-1]["pid"])
     wait_for("all channels to be disabled", lambda: all(c["disabled"] for c in node.channels(None)))
-    wait_for("the process to be stopped", lambda: any(state(p) == "T" for p in (pid, *_tenant_pids(node))))
+    wait_for("the process to be stopped", lambda: state(pid) == "T")
     ctas = sum(c["ctas"] for c in node.channels())
     time.sleep(0.3)
     assert sum(c["ctas"] for c in node.channels()) == ctas, "not one block ran"
@@ -117,15 +117,11 @@ def test_without_an_agent_offline_stands_until_the_next_one(node: Node, paused: 
     wait_for("no channel to be disabled", lambda: not any(c["disabled"] for c in node.channels(None)))
 
 
-def _tenant_pids(node: Node) -> list[int]:
-    return [int(file["pid"]) for file in node.machine.status()["files"] if file["kind"] == "ctl"]
-
-
 def test_a_hung_agent_does_not_keep_offline_running(node: Node) -> None:
     """SIGSTOP of both of its processes: no heartbeat, and after the lease the helper acts by itself."""
     victim = node.victim()
     agent = node.agent.pid
-    gate = int(Path(f"/proc/{agent}/task/{agent}/children").read_text().split()[0])
+    (gate,) = [pid for pid in children(agent) if b"gate_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
     for pid in (agent, gate):
         os.kill(pid, signal.SIGSTOP)
     try:
@@ -137,13 +133,14 @@ def test_a_hung_agent_does_not_keep_offline_running(node: Node) -> None:
 
 
 def test_a_process_that_dies_is_closed_at_once(node: Node) -> None:
+    before = _used(node)
     victim = node.victim()
     victim.run("p = cu.alloc(64 << 20)")
     engine = node.engine()
     busy(engine)
     assert comes_to_stand(victim)
     os.kill(node.pid_of("victim"), signal.SIGKILL)
-    wait_for("its memory and channels to go", lambda: _used(node) == 0 and node.channels(None) == [])
+    wait_for("its memory and channels to go", lambda: _used(node) == before and node.channels(None) == [])
 
 
 def _used(node: Node) -> int:
@@ -155,11 +152,7 @@ def test_a_killed_helper_leaves_the_process_paused(node: Node) -> None:
     """Its connection is gone, so nobody could be told anything: the gate keeps it off."""
     victim = node.victim()
     pid = node.pid_of("victim")
-    (helper,) = [
-        int(child)
-        for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        if Path(f"/proc/{child}/comm").read_text() == "valve-helper\n"
-    ]
+    (helper,) = [p for p in children(pid) if Path(f"/proc/{p}/comm").read_text() == "valve-helper\n"]
     os.kill(helper, signal.SIGKILL)
     node.agent.wait_event("detach")
     assert comes_to_stand(victim)
@@ -189,17 +182,21 @@ def test_a_process_that_evades_the_capture_is_ended(node: Node, what: str, load:
 @pytest.mark.parametrize("refuse", [False, True], ids=["reported", "refused"])
 def test_a_process_of_no_tenant_is_reported_and_refused_by_policy(new_node: NewNode, refuse: bool) -> None:
     node = new_node(unknown="Refuse" if refuse else "Report")
+    victim = node.victim()
     stranger = node.machine.actor()
     stranger.run("import driver_api; cu = driver_api.Cuda(); cu.alloc(32 << 20)")
     said = node.agent.wait_event("unknown-process")
-    assert (said["pid"], said["killed"]) == (stranger.pid, refuse)
+    assert (said["pid"], said["killed"]) == (stranger.pid, False)
     assert "belongs to no tenant: start it with `valve run`" in said["why"]
     if refuse:
-        assert stranger.process.wait(20) == -signal.SIGKILL
-    else:
+        assert "offline gets no compute" in said["why"]
+        assert comes_to_stand(victim)
         time.sleep(1.5)
-        assert stranger.process.poll() is None
-        assert len(node.agent.events("unknown-process")) == 1, "said once"
+    assert stands(victim) == refuse
+    assert stranger.process.poll() is None, "it is not ours to end"
+    assert len(node.agent.events("unknown-process")) == 1, "said once"
+    stranger.close()
+    assert advances(victim)
 
 
 def test_an_online_process_is_never_paused(node: Node) -> None:

@@ -46,7 +46,7 @@ class Cast:
         ("an offline process that is not", "offline", False, False, ("uncontrolled", True)),
         ("a child of an offline tenant without libvalve", "stray", False, False, ("uncontrolled", True)),
         ("a stranger", "stranger", False, False, ("unknown-process", False)),
-        ("a stranger where the policy refuses", "stranger", True, False, ("unknown-process", True)),
+        ("a stranger where the policy refuses", "stranger", True, False, ("unknown-process", False)),
         ("our own gate", "gate", True, False, None),
     ],
 )
@@ -60,6 +60,7 @@ def test_the_verdict(
     assert not any(looks[: LOOKS - 1]), "a context may appear before its channels do"
     found = looks[LOOKS - 1]
     assert [(f.event, f.kill) for f in found] == ([outcome] if outcome else []), what
+    assert watch.refuses == (who == "stranger" and refuse)
     if outcome:
         assert "32 MiB" in found[0].why
         assert bool(looks[LOOKS]) == outcome[1], "what must end is found again, a report is made once"
