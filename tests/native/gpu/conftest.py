@@ -6,19 +6,17 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "fakenv"))
-from node import Node
+from gpu_node import NewNode, Node
 from victims import build
 
 import fakenv
-
-NewNode = Callable[..., Node]
 
 
 @pytest.fixture(scope="session")

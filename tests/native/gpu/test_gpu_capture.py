@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from captured import RAW, Captured
+from gpu_captured import RAW, Captured
 
 import fakenv
 from valve_agent import wire

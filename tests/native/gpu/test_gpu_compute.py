@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from captured import Captured
-from node import VICTIM, advances, stands
+from gpu_captured import Captured
+from gpu_node import VICTIM, advances, stands
 
 import fakenv
 from valve_agent import wire

@@ -9,8 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import NewNode
-from node import LONG_US, VICTIM, Node, advances, busy, comes_to_stand, idle, stands
+from gpu_node import LONG_US, VICTIM, NewNode, Node, advances, busy, comes_to_stand, idle, stands
 from victims import children, state
 
 from valve_cli.bench.rig import wait_for

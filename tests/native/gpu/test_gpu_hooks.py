@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from captured import RAW, Captured
 from fake_agent import FakeAgent
-from node import VICTIM
+from gpu_captured import RAW, Captured
+from gpu_node import VICTIM
 from victims import build
 
 import fakenv

@@ -6,8 +6,7 @@ from __future__ import annotations
 import time
 
 import pytest
-from conftest import NewNode
-from node import advances, busy, comes_to_stand, idle
+from gpu_node import NewNode, advances, busy, comes_to_stand, idle
 
 import fakenv
 

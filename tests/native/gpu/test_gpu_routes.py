@@ -5,13 +5,15 @@ from __future__ import annotations
 
 import os
 import signal
+from pathlib import Path
 
 import pytest
-from conftest import NewNode
-from node import advances, busy, comes_to_stand, idle, stands
+from gpu_node import NewNode, advances, busy, comes_to_stand, idle, stands
 
+import fakenv
 from valve_cli.bench.rig import RigError, wait_for
 
+ROOT = Path(__file__).resolve().parents[3]
 GRAPH = """
 import ctypes as c_
 g, node_, ge, f = c_.c_void_p(), c_.c_void_p(), c_.c_void_p(), c_.c_void_p()
@@ -167,9 +169,22 @@ def test_an_agent_that_cannot_control_does_not_start(
     assert "ended with 2" in str(caught.value)
 
 
-def test_an_unknown_driver_gets_the_launch_gate_and_is_told_so(new_node: NewNode) -> None:
-    node = new_node(machine={"driver_version": "999.12"})
-    route = node.agent.status()["route"]
+def test_an_unknown_driver_gets_the_launch_gate_and_is_told_so(new_machine: fakenv.NewMachine) -> None:
+    """The routes say so; the agent itself does not start, because it would not know how to move memory."""
+    route = (
+        new_machine(driver_version="999.12")
+        .actor()
+        .run(f"""
+        import sys; sys.path.insert(0, {str(ROOT / "node_agent")!r})
+        from valve_agent.devices.nvidia import probe
+        result = probe.choose().document()
+    """)
+    )
     assert (route["route"], route["allowed"], route["branch"]) == ("launch-gate", ["launch-gate"], None)
     assert "not of 999.12" in route["refused"]["agent"]
     assert "runs to its end" in route["why"]
+
+
+def test_an_agent_does_not_start_on_an_unknown_driver(new_node: NewNode) -> None:
+    with pytest.raises(RigError, match=r"999\.12 .*(update Valve|install)"):
+        new_node(machine={"driver_version": "999.12"})

@@ -25,7 +25,7 @@ from valve_agent.devices.nvidia import rm
 from valve_agent.devices.nvidia.routes import AGENT, IN_PROCESS, LAUNCH_GATE, PATCHED
 
 AUTO = "auto"
-ORDER = (AGENT, IN_PROCESS, PATCHED, LAUNCH_GATE)
+ORDER = (AGENT, PATCHED, IN_PROCESS, LAUNCH_GATE)
 """Best first; `auto` takes all that work, in this order."""
 ROUTE_FIELD = "spec.compute.route"
 
@@ -87,11 +87,7 @@ def choose(wanted: str = AUTO, commit: str = "none") -> Choice:
     branch = rm.branch_of(version)
     verdicts = tuple(probe(version))
     works = [verdict.route for verdict in verdicts if verdict.works]
-    if wanted == AUTO:
-        # A patched driver is never chosen by itself: it relaxes a check, and the others do without.
-        allowed = tuple(route for route in works if route != PATCHED)
-    else:
-        allowed = tuple(route for route in works if route == wanted)
+    allowed = tuple(route for route in works if wanted in (AUTO, route))
     if not allowed and wanted != AUTO:
         why = next(verdict.why for verdict in verdicts if verdict.route == wanted)
         raise NoRoute(

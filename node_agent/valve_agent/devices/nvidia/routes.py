@@ -2,8 +2,8 @@
 """The ways to stop and resume one process's GPU work, weakest last.
 
     agent        the agent disables the channels, on the control file that the process passed: stock driver
-    in-process   libvalve's control loop does the same at the agent's command
     patched      the agent does it on a file of its own: the driver must carry Valve's one-line patch
+    in-process   libvalve's control loop does the same at the agent's command
     launch-gate  libvalve holds kernel and graph launches; what was launched runs to its end
 
 Why it exists: which one works depends on driver, sandbox and privileges, and is decided by a harmless probe

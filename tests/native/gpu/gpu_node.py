@@ -10,6 +10,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,10 @@ class Node:
         status = self.machine.status()
         ours = [c["handle"] for c in status["clients"] if c["pid"] == self.agent.pid_or_0]
         return [c for c in status["channels"] if engine in (None, c["engine"]) and c["client"] not in ours]
+
+
+NewNode = Callable[..., Node]
+"""Starts a node; see the fixture."""
 
 
 def busy(engine: Actor) -> None:
