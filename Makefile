@@ -53,8 +53,9 @@ engines: runtime build/engines  ## tests: real vLLM and transformers engines on 
 	$(PY) -m pytest -m engines
 e2e: runtime build/engines  ## tests: whole user stories
 	$(PY) -m pytest -m e2e
-gpu: runtime  ## tests: qualification on a real GPU (only where there is one)
-	@if [ -e /dev/nvidiactl ]; then $(PY) -m pytest -m gpu; else echo "gpu lane: no /dev/nvidiactl on this machine, nothing to run"; fi
+gpu:  ## tests: qualification on a real GPU; PARTS=e1,e4 for some. Needs nvcc and python3, no environment
+	@if [ -e /dev/nvidiactl ]; then $(PYTHON) e2e/gpu/qualify.py --parts $(or $(PARTS),all) $(if $(SCALE),--scale $(SCALE)) $(GPU_ARGS); \
+	else echo "gpu lane: no /dev/nvidiactl on this machine, nothing to run"; fi
 
 clean:  ## remove what belongs to this checkout
 	rm -rf build out

@@ -30,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     handler = {
         "agent": _agent, "run": _run, "demo": _demo, "bench": _bench, "policy": _policy, "status": _status,
+        "doctor": _doctor,
     }.get(arguments[0] if arguments else "")  # fmt: skip
     if handler is not None:
         return handler(arguments[1:])
@@ -48,6 +49,7 @@ def _help() -> argparse.ArgumentParser:
         ("run", "start a command as an online or offline tenant"),
         ("status", "what the agent knows now"),
         ("policy", "check a ColocationPolicy file"),
+        ("doctor", "which device and route this machine gives, and what is missing"),
         ("bench", f"measure: {', '.join(_BENCHES)}"),
         ("demo", "two real LLM engines on one shared device, with a report"),
     ):
@@ -113,6 +115,10 @@ def _policy(argv: list[str]) -> int:
 
 def _demo(argv: list[str]) -> int:
     return _delegate("valve_cli.demo.main", argv)
+
+
+def _doctor(argv: list[str]) -> int:
+    return _delegate("valve_cli.doctor", argv)
 
 
 def _bench(argv: list[str]) -> int:

@@ -13,15 +13,17 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from valve_agent import watchdog, wire
+from valve_agent import gpu_link, watchdog, wire
 from valve_agent.connection import Connection, Kind
-from valve_agent.devices.base import ArenaError, MemoryPool
+from valve_agent.devices.base import ArenaError, DeviceError, MemoryPool
 from valve_agent.devices.cpu.kernel import set_slice
 from valve_agent.events import EventLog
 from valve_agent.gate_link import GateDied, GateError, HoldTimeout
+from valve_agent.gpu_limits import GpuLimits
+from valve_agent.gpu_watch import GpuWatch
 from valve_agent.holds import Gate, HoldWorker
 from valve_agent.identity import Identity, IdentityError
 from valve_agent.policy.rate import RateLimit
@@ -29,6 +31,7 @@ from valve_agent.pool import Holder, Pool
 from valve_agent.registry import Link, Memory, Process, Registry, Scan, Tenant
 from valve_agent.server import Server
 from valve_agent.shared import Ledger, LedgerCopy, Page, SharedMemoryError, ledger_bytes
+from valve_agent.slab_moves import SlabMoves
 from valve_agent.wire import RejectCode, Role, bits
 
 SCAN_NS = 1_000_000_000
@@ -38,6 +41,8 @@ SLICE_NS = 100_000
 """Turns of a helper on the CPU: an online request waits for it in a reclaim, and short turns come soon."""
 REJECTS_LOGGED_PER_MINUTE = 120
 """Anybody may connect and be refused; the log must not fill the disk for it."""
+_POOL, _MOVES, _STRANGERS = "pool", "moves", "strangers"
+"""Who asked for a hold."""
 COUNTERS = ("requests", "tokens", "recomputed", "lost_blocks", "recomputed_tokens")
 
 
@@ -49,6 +54,10 @@ class Agent:
     """See the module. `pool` is set by main after construction: each needs the other."""
 
     pool: Pool
+    moves: SlabMoves | None = None
+    """Set by main where the agent maps memory itself (nvidia)."""
+    limits: GpuLimits | None = None
+    """Likewise: what tenants may allocate beside their arenas."""
 
     def __init__(
         self,
@@ -74,6 +83,12 @@ class Agent:
         self.device = device
         self.started_ns = clock()
         self.paused = True
+        self.route: Mapping[str, Any] = {}
+        """How this device's compute is controlled and why; empty on a device with one way."""
+        self.holds_standing = 0
+        """Offline is paused and evicted until as many releases."""
+        self._strangers = ""
+        """`asked` or `held`: offline gets no compute, because somebody unknown uses the device."""
         self.retired: dict[str, dict[str, int]] = {}
         """Tenant -> counters of processes that are gone."""
         self.closing = False
@@ -106,8 +121,17 @@ class Agent:
             if isinstance(frame, wire.Hello):
                 self._on_hello(connection, frame)
                 return
+            if isinstance(frame, wire.MemoryOpen) and self.moves is not None:
+                self.moves.on_open(connection, frame)
+                return
+        if connection.kind is Kind.MEMORY and self.moves is not None:
+            self.moves.on_frame(connection, frame, fds)
+            return
         process = self._by_connection.get(connection.id)
         if process is not None:
+            if isinstance(frame, gpu_link.FRAMES):
+                gpu_link.on_frame(self.gate, process, frame, fds)
+                return
             if isinstance(frame, wire.ArenaOpen):
                 self._on_arena_open(connection, process, frame)
                 return
@@ -121,7 +145,7 @@ class Agent:
                     self.pool.on_want(holder, frame.total)
                     return
                 if isinstance(frame, wire.Return):
-                    self.pool.on_return(holder, int(frame.set))
+                    self._give_back(process, int(frame.set))
                     return
                 if isinstance(frame, wire.Reclaimed):
                     self.pool.on_reclaimed(holder, frame.id, int(frame.set))
@@ -144,6 +168,8 @@ class Agent:
     def on_closed(self, connection: Connection, why: str) -> None:
         if self.closing:
             return
+        if connection.kind is Kind.MEMORY and self.moves is not None:
+            self.moves.on_closed(connection)
         tenant = self._launchers.pop(connection.id, None)
         if tenant is not None and tenant.launcher == connection.id:
             tenant.launcher = None
@@ -154,19 +180,29 @@ class Agent:
 
     def on_turn(self) -> None:
         while (answer := self._holds.take()) is not None:
-            self.pool.on_held(*answer)
+            who, held, why = answer
+            self.holds_standing += held
+            if who == _STRANGERS:
+                self._strangers = "held" if held else ""
+            elif who == _MOVES and self.moves is not None:
+                self.moves.on_held(held, why)
+            else:
+                self.pool.on_held(held, why)
         now = self._clock()
         deadline = self.pool.deadline_ns()
         if deadline is not None and now >= deadline:
             self.pool.tick()
+        if self.moves is not None:
+            self.moves.tick(now)
         if now - self._scan_ns >= SCAN_NS:
             self._scan_ns = now
             self._every_second(now)
 
     def deadline_ns(self) -> int | None:
-        deadline = self.pool.deadline_ns()
-        scan = self._scan_ns + SCAN_NS
-        return scan if deadline is None else min(scan, deadline)
+        times = [self._scan_ns + SCAN_NS, self.pool.deadline_ns()]
+        if self.moves is not None:
+            times.append(self.moves.deadline_ns())
+        return min(time for time in times if time is not None)
 
     # Effects: what the pool makes happen ------------------------------------------------------------
 
@@ -177,13 +213,17 @@ class Agent:
             try:
                 self.gate.hold(QUICK_HOLD_S)
             except HoldTimeout:
-                self._holds.ask()
+                self._holds.ask(_POOL)
             else:
-                self._holds.answer(True, "")
+                self._holds.answer(_POOL, True, "")
         else:
-            self._holds.ask()
+            self._holds.ask(_POOL)
+
+    def hold_for_moves(self) -> None:
+        self._holds.ask(_MOVES)
 
     def release(self) -> None:
+        self.holds_standing -= 1
         self.gate.release()
 
     def ledger(self, holder: Holder) -> LedgerCopy | None:
@@ -196,19 +236,28 @@ class Agent:
 
     def reclaim(self, holder: Holder, operation: int, mask: int) -> None:
         frame = wire.Reclaim(id=operation, at_ns=self._clock(), set=wire.Bitmap.from_int(mask))
-        self._send_to(self._by_holder[holder.id], frame)
+        process = self._by_holder[holder.id]
+        if self.moves is not None:
+            self.moves.reclaim(process, frame)
+        else:
+            self.send_to(process, frame)
 
     def discard(self, holder: Holder, mask: int) -> None:
         memory = self._by_holder[holder.id].memory
         assert memory is not None
+        if self.moves is not None:
+            self.moves.forget(self._by_holder[holder.id], mask)
         try:
             self.memory.discard(memory.arena, bits(mask))
         except ArenaError as error:
             self.kill(holder, str(error))
 
     def grant(self, holder: Holder, mask: int) -> None:
-        frame = wire.Grant(id=0, at_ns=self._clock(), set=wire.Bitmap.from_int(mask))
-        self._send_to(self._by_holder[holder.id], frame)
+        process = self._by_holder[holder.id]
+        if self.moves is not None:
+            self.moves.grant(process, mask)
+            return
+        self.send_to(process, wire.Grant(id=0, at_ns=self._clock(), set=wire.Bitmap.from_int(mask)))
 
     def kill(self, holder: Holder, why: str) -> None:
         self._kill(self._by_holder[holder.id], why)
@@ -272,8 +321,11 @@ class Agent:
             os.close(pidfd)
             raise
         tenant = process.tenant
+        gpu_link.check_version(tenant.role, self.device, connection.version)
         helper = connection.peer.pid != main
         page_fd, page = Page.create()
+        if self.limits is not None and tenant.role == Role.OFFLINE:
+            page.memory_limit_bytes = self.limits.first(tenant)
         # Under the gate before WELCOME: an offline process must be stoppable as soon as it is a tenant.
         try:
             if tenant.role == Role.ONLINE:
@@ -378,6 +430,8 @@ class Agent:
 
     def _release_memory(self, process: Process) -> None:
         memory, holder = process.memory, process.memory.holder if process.memory else None
+        if self.moves is not None:
+            self.moves.gone(process)
         if memory is None or holder is None:
             return
         self.discard(holder, (1 << holder.slabs) - 1)
@@ -400,7 +454,7 @@ class Agent:
         if process.memory is not None:
             raise wire.BadField("ARENA_OPEN came twice: a process has one arena")
         tenant = process.tenant
-        most = min(tenant.limit_slabs, self.settings.arena_slabs)
+        most = self.arena_limit(process)
         if not 0 < frame.slabs <= most:
             size = f"{frame.slabs * self.settings.slab_bytes >> 20}Mi"
             limit = f"{most * self.settings.slab_bytes >> 20}Mi"
@@ -418,14 +472,14 @@ class Agent:
             )
             return
         try:
-            arena = self.memory.create(int(frame.slabs))
+            arena = self.moves.claim(process) if self.moves else self.memory.create(int(frame.slabs))
         except ArenaError as error:
             self._emit_for(process, "denied", level="error", why=str(error))
             connection.send(
                 wire.Denied(code=RejectCode.EARENA, text=str(error).encode()[: wire.TEXT_BYTES - 1])
             )
             return
-        ledger_fd, ledger = Ledger.create(int(frame.slabs))
+        ledger_fd, ledger = Ledger.create(arena.slabs)
         self._add_memory(process, arena, ledger_fd, ledger, held=0)
         connection.send(
             wire.Arena(
@@ -452,6 +506,8 @@ class Agent:
             if process.tenant.role == Role.OFFLINE and held.bit_count() > process.tenant.limit_slabs:
                 raise ArenaError(f"{held.bit_count()} slabs where {process.tenant.limit_slabs} are allowed")
             ledger = Ledger(fds[2], slabs)
+            if self.moves is not None:
+                self.moves.adopt(process, arena, ledger.base, held)
         except (ArenaError, SharedMemoryError) as error:
             for fd in fds:
                 os.close(fd)
@@ -467,8 +523,16 @@ class Agent:
             self._kill(process, "it claims slabs that it was not granted")
             return
         holder.attached = True
-        self.pool.on_return(holder, holder.held & ~claimed)
+        self._give_back(process, holder.held & ~claimed)
         self._emit_for(process, "restore", slabs=claimed.bit_count())
+
+    def _give_back(self, process: Process, mask: int) -> None:
+        """The pool takes slabs back that their holder no longer uses; on a GPU once quarantine lies there."""
+        assert process.memory is not None
+        if self.moves is not None:
+            self.moves.give_back(process, mask)
+        else:
+            self.pool.on_return(process.memory.holder, mask)
 
     def _add_memory(self, process: Process, arena: Any, ledger_fd: int, ledger: Ledger, held: int) -> None:
         self._holders += 1
@@ -496,6 +560,13 @@ class Agent:
                 self.events.emit("uncontrollable", level="error", why=str(error))
         for process in list(self.registry.processes.values()):
             self._watch(process, now)
+        if self.limits is not None:
+            try:
+                self.limits.look()
+            except DeviceError as error:
+                self.events.emit("unjudged", level="error", why=str(error))
+        if self.moves is not None and now >= self.started_ns + self.settings.recovery_grace_ns:
+            self.moves.every_second()  # not before those who hold memory have come back
         self.on_second()
 
     def _watch(self, process: Process, now: int) -> None:
@@ -522,8 +593,17 @@ class Agent:
                 event["tenant"] = process.tenant.name
             if name in ("pause", "resume"):
                 self.paused = name == "pause"
+            elif name == "route":
+                self._on_route(event)
             quiet = name in ("busy", "idle", "missed_busy", "pause", "resume", "target_gone")
-            self.events.emit(name, level="debug" if quiet else "warning", **event)
+            level = "debug" if quiet else "info" if name == "route" else "warning"
+            self.events.emit(name, level=level, **event)
+
+    def _on_route(self, event: dict[str, Any]) -> None:
+        process = self.registry.processes.get(event["pid"])
+        if process is not None:
+            process.route = {key: value for key, value in event.items() if key not in ("pid", "t_ns")}
+            event["tenant"] = process.tenant.name
 
     def _retire(self, tenant: Tenant, page: Page) -> None:
         """Keep the counters of a page that goes away, so that metrics never fall."""
@@ -531,12 +611,75 @@ class Agent:
         for name in COUNTERS:
             kept[name] += getattr(page, name)
 
-    def _send_to(self, process: Process, frame: wire.Frame) -> None:
+    # What gpu_watch.py needs -------------------------------------------------------------------------
+
+    def process(self, pid: int) -> Process | None:
+        return self.registry.processes.get(pid)
+
+    def offline_strays(self) -> Iterable[int]:
+        return self._scan.found
+
+    def role_of(self, pid: int) -> Role:
+        try:
+            return self.identity.tenant_of(pid).role
+        except IdentityError:
+            return Role.NONE
+
+    def ours(self) -> Iterable[int]:
+        return (os.getpid(), self.gate.pid)
+
+    def judge(self, watch: GpuWatch) -> None:
+        """Who computes on the GPU without being under the gate? Kill or report it."""
+        try:
+            findings = watch.look(self)
+        except DeviceError as error:
+            self.events.emit("watch-failed", level="error", why=str(error))
+            return
+        for finding in findings:
+            self.events.emit(
+                finding.event, level="error", pid=finding.pid, why=finding.why, killed=finding.kill
+            )
+            if finding.kill:
+                _kill_number(finding.pid)
+        if watch.refuses and not self._strangers:
+            self._strangers = "asked"
+            self._holds.ask(_STRANGERS)
+        elif not watch.refuses and self._strangers == "held":
+            self._strangers = ""
+            self.release()
+
+    # What slab_moves.py needs ------------------------------------------------------------------------
+
+    def arena_limit(self, process: Process) -> int:
+        return int(min(process.tenant.limit_slabs, self.settings.arena_slabs))
+
+    def returned(self, holder: Holder, mask: int) -> None:
+        self.pool.on_return(holder, mask)
+
+    def send_to(self, process: Process, frame: wire.Frame) -> None:
         if process.link is not None:
             self.server.connections[process.link.connection].send(frame)
 
+    def kill_process(self, process: Process, why: str) -> None:
+        self._kill(process, why)
+
+    def emit_for(self, process: Process, event: str, *, level: str = "info", **fields: object) -> None:
+        self._emit_for(process, event, level=level, **fields)
+
+    def now_ns(self) -> int:
+        return self._clock()
+
     def _emit_for(self, process: Process, event: str, *, level: str = "info", **fields: object) -> None:
         self.events.emit(event, level=level, tenant=process.tenant.name, pid=process.pid, **fields)
+
+
+def _kill_number(pid: int) -> None:
+    try:
+        pidfd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return  # gone by itself
+    _kill(pidfd)
+    os.close(pidfd)
 
 
 def _kill(pidfd: int) -> None:

@@ -27,6 +27,7 @@ class Kind(enum.Enum):
     NEW = "new"
     LAUNCHER = "launcher"
     RUNTIME = "runtime"
+    MEMORY = "memory connection"
     CLOSED = "closed"
 
 
@@ -47,6 +48,8 @@ class Connection:
         self.peer = peer
         self.opened_ns = opened_ns
         self.kind = Kind.NEW
+        self.version = wire.VERSION_MAX
+        """the newest protocol that both sides speak, once the peer has said its own"""
         self.overflowed = False
         self._wants_write = wants_write
         self._queue: deque[tuple[wire.Frame, Sequence[int]]] = deque()
@@ -92,6 +95,7 @@ class Connection:
     def _try(self, frame: wire.Frame, fds: Sequence[int]) -> bool:
         """False: the socket is full. A lost peer swallows frames: its close is seen by the reader."""
         try:
+            frame.header.version = self.version
             wire.send(self.sock, frame, fds)
         except BlockingIOError:
             return False

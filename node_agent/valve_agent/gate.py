@@ -120,6 +120,8 @@ class Gate:
         self._engines: dict[int, _Engine] = {}
         self._pages: dict[int, Page] = {}  # of every connection, online and offline
         self._evicted = True  # every target is known to be off; never True while open
+        self._quiesced = False  # and nothing of them touches memory
+        self._failing_ns: dict[Any, int] = {}  # since when a target could not be controlled
         self._unconfirmed_ns = 0  # since when the policy says paused and a target is not known to be off
         self._retry_ns = 0
         self._open_cause = _NO_CAUSE
@@ -163,6 +165,8 @@ class Gate:
             else:
                 self._drop_dead(fd)
         self._periodic(now)
+        for event, fields in self._compute.notes():
+            self._emit(event, now, **fields)
         if self._outbox:
             self._flush()
 
@@ -195,6 +199,8 @@ class Gate:
             # A ring can get lost with a runtime that dies between its store and its write.
             self._look()
             self._recheck(self._targets.all if self._policy.paused else self._targets.lost)
+            if not self._policy.paused:
+                self._tend(now)
             if late and not self._policy.paused:
                 # We were not scheduled for longer than the lease, so runtimes may have stopped themselves.
                 self._compute.resume(self._targets.runnable)
@@ -296,7 +302,7 @@ class Gate:
         )
 
     def _resume(self) -> None:
-        self._evicted = False
+        self._evicted = self._quiesced = False
         self._unconfirmed_ns = 0
         self._strikes.clear()
         self._compute.resume(self._targets.runnable)
@@ -341,6 +347,14 @@ class Gate:
         )
         self._emit("kill", _clock(), pid=target.pid, why=sentence)
 
+    def _tend(self, now: int) -> None:
+        """Let the device prepare, and end what it could not control for too long."""
+        failing = dict(self._compute.tend(self._targets.runnable))
+        self._failing_ns = {target: self._failing_ns.get(target, now) for target in failing}
+        for target, since in self._failing_ns.items():
+            if now - since > self._settings.kill_after_ns:
+                self._kill(target, f"cannot be controlled: {failing[target]}")
+
     def _recheck(self, targets: Sequence[Any]) -> None:
         """Stop again what somebody else continued."""
         if self._unconfirmed_ns:
@@ -361,6 +375,8 @@ class Gate:
         not work, the next heartbeat tries again."""
         try:
             self._compute.pause(targets)
+            if self._quiesced:
+                self._compute.quiesce(targets)
         except PauseTimeout as error:
             if self._policy.paused:
                 self._open_cause = _Cause(reason, 0, 0, False)
@@ -430,11 +446,26 @@ class Gate:
     def _do_target(self, conn: int, pid: int, barrier: bool, pidfd: int, page_fd: int) -> None:
         self._map_page(conn, page_fd)
         try:
+            if any(engine.pid == pid for engine in self._engines.values()):
+                raise TargetRefused(f"process {pid} is online: it is never paused")
             target = self._targets.register(conn, pid, pidfd, barrier)
         except TargetRefused:
             self._pages.pop(conn).close()
             raise
         self._admit(target)
+
+    def _do_supply(self, conn: int, number: int, *fds: int) -> None:
+        try:
+            target = self._targets.of_connection(conn)
+            self._compute.supply(target, number, fds)
+        except BaseException:
+            for fd in fds:
+                os.close(fd)
+            raise
+        self._admit(target)
+
+    def _do_withdraw(self, conn: int, number: int) -> None:
+        self._compute.withdraw(self._targets.of_connection(conn), number)
 
     def _do_remove(self, conn: int) -> None:
         engine = self._engines.pop(conn, None)
@@ -475,6 +506,15 @@ class Gate:
             self._act(self._policy.release(token, self._wake_ns), _NO_CAUSE)
 
     def _answer_holds(self, now: int) -> None:
+        if not self._waiting_holds:
+            return
+        if not self._quiesced:
+            try:
+                self._compute.quiesce(self._targets.all)
+            except PauseTimeout as error:
+                self._unconfirmed(error)
+                return
+            self._quiesced, now = True, _clock()
         for token, asked_ns in self._waiting_holds:
             self._hold_socket.send(marshal.dumps((token, asked_ns, now)))
         self._waiting_holds.clear()

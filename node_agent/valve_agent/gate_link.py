@@ -24,7 +24,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +137,15 @@ class GateHandle:
         self._call("target", (conn, pid, barrier), pidfd, page_fd)
         self._registered[conn] = pid
         self._scanned.discard(pid)  # the gate has moved it
+
+    def supply(self, conn: int, number: int, fds: Sequence[int]) -> None:
+        """Descriptors of an offline process that the device needs; see ComputeControl.supply. They stay the
+        caller's. Raises GateError: such a process must be refused."""
+        self._call("supply", (conn, number), *fds)
+
+    def withdraw(self, conn: int, number: int) -> None:
+        """The process has closed them."""
+        self._call("withdraw", (conn, number))
 
     def remove(self, conn: int) -> None:
         """The connection is gone. An offline process that lives is paused until add_target brings it back."""

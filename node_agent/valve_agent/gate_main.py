@@ -12,12 +12,25 @@ from __future__ import annotations
 import gc
 import signal
 import socket
+from typing import Any
 
-from valve_agent.devices.base import DeviceMissing
+from valve_agent.devices.base import ComputeControl, DeviceMissing
 from valve_agent.devices.cpu.compute import SHORT_SLICE_NS, CpuCompute
 from valve_agent.devices.cpu.kernel import lock_memory, set_slice, set_timer_slack
 from valve_agent.gate import Gate, GateSettings
 from valve_agent.gate_stats import StatsWriter
+
+
+def _compute(device: str) -> ComputeControl[Any]:
+    """`cpu`, or `nvidia:` and what the routes' parse() understands. Raises DeviceError."""
+    kind, _, rest = device.partition(":")
+    if kind == "cpu":
+        return CpuCompute()
+    if kind == "nvidia":
+        from valve_agent.devices.nvidia.compute import parse
+
+        return parse(rest)
+    raise DeviceMissing(f"there is no device {device!r}; this version of the agent knows `cpu` and `nvidia`")
 
 
 def main(arguments: list[str]) -> None:
@@ -28,14 +41,13 @@ def main(arguments: list[str]) -> None:
     settings = GateSettings._make(numbers)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # sent to the whole group: main ends, and then we do
-    if device != "cpu":
-        raise DeviceMissing(f"there is no device {device!r}; this version of the agent knows `cpu`")
+    compute = _compute(device)
     set_timer_slack(1)
     set_slice(0, SHORT_SLICE_NS)  # a woken gate runs at once, not after the turn of what computes here
     events = socket.socket(fileno=events_fd)
     events.setblocking(False)
     gate = Gate(
-        CpuCompute(),
+        compute,
         settings,
         socket.socket(fileno=control_fd),
         socket.socket(fileno=holds_fd),

@@ -32,6 +32,12 @@ class Targets:
     def of_pidfd(self, fd: int) -> Any | None:
         return self._by_pidfd.get(fd)
 
+    def of_connection(self, conn: int) -> Any:
+        """Raises TargetRefused if it brought no offline process."""
+        if conn not in self._registered:
+            raise TargetRefused(f"connection {conn} belongs to no offline process that the gate controls")
+        return self._registered[conn]
+
     @property
     def lost(self) -> list[Any]:
         """Must not run even while the gate is open: nothing can be told to them."""

@@ -26,10 +26,12 @@ from valve_agent import sockets
 from valve_agent.agent import SLICE_NS, Agent, AgentFailed
 from valve_agent.devices.base import DeviceError
 from valve_agent.devices.cpu.kernel import set_slice
-from valve_agent.devices.cpu.memory import CpuMemoryPool, check_fits_machine
+from valve_agent.devices.cpu.memory import CpuMemoryPool
 from valve_agent.events import EventLog
 from valve_agent.gate_link import GateDied, GateError, GateHandle, GateSettings
+from valve_agent.gpu_watch import GpuWatch
 from valve_agent.identity import LocalIdentity
+from valve_agent.parts import cpu_parts, nvidia_parts
 from valve_agent.policy.reservation import Reservation
 from valve_agent.pool import Pool
 from valve_agent.registry import Registry, Tenant
@@ -37,7 +39,7 @@ from valve_agent.server import Server
 from valve_agent.status import StatusSocket, snapshot
 from valve_api.errors import PolicyError
 from valve_api.load import load_policy
-from valve_api.settings import EffectiveSettings, settings_for
+from valve_api.settings import EffectiveSettings
 
 METRICS_PORT = 0
 DESCRIPTORS = 65_536
@@ -47,7 +49,13 @@ NICE = -10
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--policy", required=True, metavar="FILE", help="a ColocationPolicy (YAML)")
     parser.add_argument(
-        "--device", default="cpu", choices=["cpu"], help="which device to share (default: cpu)"
+        "--device", default="cpu", choices=["cpu", "nvidia"], help="which device to share (default: cpu)"
+    )
+    parser.add_argument(
+        "--gpu-commit",
+        default="none",
+        choices=["none", "preempt", "restart"],
+        help="nvidia: what must follow DISABLE_CHANNELS on this hardware (`make gpu` tells; default: none)",
     )
     parser.add_argument(
         "--socket", type=Path, metavar="PATH", help="where to listen (default: /run/valve/agent.sock)"
@@ -66,8 +74,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: argparse.Namespace) -> int:
     try:
-        settings = settings_for(load_policy(arguments.policy))
-        check_fits_machine(settings.device_bytes)
+        policy = load_policy(arguments.policy)
+        parts = (
+            nvidia_parts(policy, commit=arguments.gpu_commit)
+            if arguments.device == "nvidia"
+            else cpu_parts(policy)
+        )
+        settings = parts.settings
         path = arguments.socket or sockets.default_path(os.environ, os.getuid())
         _raise_descriptor_limit()
         _rise_above_tenants()
@@ -79,9 +92,10 @@ def main(arguments: argparse.Namespace) -> int:
         status_path = path.with_name(path.name + sockets.STATUS_SUFFIX)
         status_listener = sockets.listen(status_path, 0o600, sockets.STATUS_KIND)
         events = EventLog(arguments.events, sys.stderr)
-        gate = GateHandle.start(arguments.device, gate_settings(settings))
+        gate = GateHandle.start(parts.gate_device, gate_settings(settings))
     except (GateError, sockets.SocketTaken, OSError) as error:
         print(f"valve agent: {error}", file=sys.stderr)
+        parts.close()
         path.unlink(missing_ok=True)
         return 2
     memory = CpuMemoryPool(settings.slab_bytes)
@@ -96,20 +110,35 @@ def main(arguments: argparse.Namespace) -> int:
         registry=registry,
         identity=identity,
         events=events,
+        device=parts.device,
     )
     agent.pool = make_pool(settings, agent)
+    agent.route = parts.route
     status = StatusSocket(status_listener)
 
     def document() -> dict[str, object]:
         return snapshot(agent, gate.stats(), huge_pages=memory.huge_pages, now_ns=time.monotonic_ns())
 
     server.watch(status.fileno(), lambda: status.answer(document()))
+    watch = GpuWatch(parts.processes, settings.unknown_processes == "Refuse") if parts.processes else None
+
+    def look_at_device() -> None:
+        parts.watch(events.emit)
+        if watch is not None:
+            agent.judge(watch)
+
+    agent.on_second = look_at_device
     metrics = None
     if arguments.metrics_port:
         from valve_agent.metrics import Collector, MetricsServer
 
         collector = Collector()
-        agent.on_second = lambda: collector.publish(document())
+
+        def every_second() -> None:
+            look_at_device()
+            collector.publish(document())
+
+        agent.on_second = every_second
         metrics = MetricsServer(collector, arguments.metrics_port)
 
     def stop(_number: int, _frame: FrameType | None) -> None:
@@ -120,7 +149,7 @@ def main(arguments: argparse.Namespace) -> int:
     events.emit(
         "start", socket=str(path), pid=os.getpid(), policy=settings.policy, device=arguments.device,
         slabs=settings.slabs, slab_bytes=settings.slab_bytes, huge_pages=memory.huge_pages,
-        lease_ms=settings.lease_ns // 1_000_000,
+        lease_ms=settings.lease_ns // 1_000_000, compute=dict(parts.route) or None,
     )  # fmt: skip
     if memory.why_small_pages:
         events.emit("small-pages", level="warning", why=memory.why_small_pages)
@@ -143,6 +172,7 @@ def main(arguments: argparse.Namespace) -> int:
         agent.close()
         gate.close()
         memory.shut_down()
+        parts.close()
         events.close()
     return 0
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 import select
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from valve_agent.identity import children_of, shares_memory
@@ -78,6 +78,10 @@ class Process:
     helper_pid: int | None = None
     helper_cpu_s: float | None = None
     """CPU time of the helper at the last look."""
+    gpu_files: set[int] = field(default_factory=set)
+    """numbers of the driver files whose channels the gate controls"""
+    route: dict[str, Any] | None = None
+    """How its GPU channels are controlled and why so, once it has some."""
     lost_ns: int = 0
     """When the connection was lost."""
 

@@ -199,6 +199,8 @@ class Server:
             except OSError as error:
                 self.drop(connection, f"the connection broke: {error}")
                 return
+            if isinstance(frame, (wire.Hello, wire.Tenant)):
+                connection.version = min(wire.VERSION_MAX, frame.version_max)
             try:
                 self._handler.on_frame(connection, frame, fds)
             except (wire.WireError, IdentityError) as error:

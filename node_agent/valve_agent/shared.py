@@ -53,7 +53,8 @@ class PageLayout(ctypes.LittleEndianStructure):
         ("heartbeat_ns", ctypes.c_uint64),
         ("gate", ctypes.c_uint32),
         ("reserved1", ctypes.c_uint32),
-        ("agent_reserved", ctypes.c_uint8 * 40),
+        ("memory_limit_bytes", ctypes.c_uint64),
+        ("agent_reserved", ctypes.c_uint8 * 32),
         ("busy", ctypes.c_uint32),
         ("busy_seq", ctypes.c_uint32),
         ("busy_since_ns", ctypes.c_uint64),
@@ -63,7 +64,8 @@ class PageLayout(ctypes.LittleEndianStructure):
         ("recomputed", ctypes.c_uint64),
         ("lost_blocks", ctypes.c_uint64),
         ("recomputed_tokens", ctypes.c_uint64),
-        ("runtime_reserved", ctypes.c_uint8 * 3968),
+        ("direct_bytes", ctypes.c_uint64),
+        ("runtime_reserved", ctypes.c_uint8 * 3960),
     )
 
 
@@ -75,7 +77,8 @@ class LedgerLayout(ctypes.LittleEndianStructure):
         ("slabs", ctypes.c_uint32),
         ("active", ctypes.c_uint32),
         ("updates", ctypes.c_uint64),
-        ("unused", ctypes.c_uint8 * 40),
+        ("base", ctypes.c_uint64),
+        ("unused", ctypes.c_uint8 * 32),
     )
 
 
@@ -139,6 +142,20 @@ class Page:
     @gate.setter
     def gate(self, value: int) -> None:
         self._at.gate = value
+
+    @property
+    def memory_limit_bytes(self) -> int:
+        """GPU memory that the process may have, its arena included; 0: any amount."""
+        return int(self._at.memory_limit_bytes)
+
+    @memory_limit_bytes.setter
+    def memory_limit_bytes(self, value: int) -> None:
+        self._at.memory_limit_bytes = value
+
+    @property
+    def direct_bytes(self) -> int:
+        """GPU memory that the process says it allocated beside its arena."""
+        return int(self._at.direct_bytes)
 
     @property
     def busy(self) -> bool:
@@ -227,6 +244,11 @@ class Ledger:
     @property
     def updates(self) -> int:
         return int(self._at.updates)
+
+    @property
+    def base(self) -> int:
+        """Where the arena lies in the process; 0 on a device whose agent need not know."""
+        return int(self._at.base)
 
     def read(self) -> LedgerCopy:
         """The copy in force. Raises SharedMemoryError if the writer outpaces the reader (a stopped

@@ -51,6 +51,8 @@ def snapshot(agent: Agent, stats: GateStats, *, huge_pages: bool, now_ns: int) -
                 entry[counter] += getattr(page, counter)
             if process.tenant.role == Role.ONLINE:
                 state["busy"] = page.busy
+        if process.route is not None:
+            state["route"] = process.route
         if process.memory is not None:
             holder = process.memory.holder
             state["held_slabs"] = holder.count
@@ -67,6 +69,7 @@ def snapshot(agent: Agent, stats: GateStats, *, huge_pages: bool, now_ns: int) -
         "uptime_s": round((now_ns - agent.started_ns) / 1e9, 3),
         "huge_pages": huge_pages,
         "offline_paused": agent.paused,
+        "route": dict(agent.route) or None,
         "slabs": {
             "bytes_each": pool.slab_bytes, "total": pool.slabs, "free": pool.free,
             "reservation": pool.reservation.slabs,

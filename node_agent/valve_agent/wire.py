@@ -32,12 +32,13 @@ from typing import ClassVar
 
 MAGIC = 0x564C4156
 VERSION_MIN = 1
-VERSION_MAX = 1
+VERSION_MAX = 2
 SLABS_MAX = 4096
 BITMAP_WORDS = SLABS_MAX // 64
 REQUESTS_MAX = 1024
 TEXT_BYTES = 240
 NAME_BYTES = 64
+MEMORY_BATCH = 3
 DESCRIPTORS_MAX = 3
 """Most descriptors that any frame carries."""
 
@@ -68,6 +69,23 @@ class Type(enum.IntEnum):
     TENANT = 12
     TENANT_OK = 13
     DENIED = 14
+    GPU_TABLE = 15
+    GPU_FILE = 16
+    GPU_FILE_GONE = 17
+    MEMORY_OPEN = 32
+    MEMORY = 33
+    MEMORY_MAPPED = 34
+    MEMORY_READY = 35
+    MEMORY_MAP = 36
+    MEMORY_QUARANTINE = 37
+    MEMORY_DONE = 38
+
+
+class MemoryRoute(enum.IntEnum):
+    """Who changes the mappings of an arena on a GPU."""
+
+    BY_AGENT = 1
+    BY_TENANT = 2
 
 
 class RejectCode(enum.IntEnum):
@@ -77,6 +95,21 @@ class RejectCode(enum.IntEnum):
     EROLE = 4
     EARENA = 5
     EPERM = 6
+
+
+class GpuFileKind(enum.IntEnum):
+    CTL = 1
+    UVM = 2
+
+
+class Route(enum.IntEnum):
+    """Who controls the channels of an offline process; see valve_protocol.h."""
+
+    NONE = 0
+    AGENT = 1
+    IN_PROCESS = 2
+    PATCHED = 3
+    LAUNCH_GATE = 4
 
 
 class HelloFlag(enum.IntFlag):
@@ -372,11 +405,105 @@ class TenantOk(Frame):
     )
 
 
+class MemoryOpen(Frame):
+    TYPE = Type.MEMORY_OPEN
+    slabs: int
+    gpu: ctypes.Array[ctypes.c_uint8]
+    _fields_ = (("header", Header), ("slabs", ctypes.c_uint64), ("gpu", ctypes.c_uint8 * 16))
+
+
+class Memory(Frame):
+    TYPE = Type.MEMORY
+    DESCRIPTORS = (1,)  # {quarantine}
+    slabs: int
+    slab_bytes: int
+    quarantine_bytes: int
+    _fields_ = (
+        ("header", Header),
+        ("slabs", ctypes.c_uint64),
+        ("slab_bytes", ctypes.c_uint64),
+        ("quarantine_bytes", ctypes.c_uint64),
+    )
+
+
+class MemoryMapped(Frame):
+    TYPE = Type.MEMORY_MAPPED
+    DESCRIPTORS = (1, 2, 3)  # {uvm, ...}: every open UVM file of the process, at most three
+    base: int
+    slabs: int
+    _fields_ = (("header", Header), ("base", ctypes.c_uint64), ("slabs", ctypes.c_uint64))
+
+
+class MemoryReady(Frame):
+    TYPE = Type.MEMORY_READY
+    route: int
+    _fields_ = (("header", Header), ("route", ctypes.c_uint32), ("reserved", ctypes.c_uint32))
+
+
+class MemoryMap(Frame):
+    TYPE = Type.MEMORY_MAP
+    DESCRIPTORS = (1, 2, 3)
+    id: int
+    count: int
+    slab: ctypes.Array[ctypes.c_uint32]
+    _fields_ = (
+        ("header", Header),
+        ("id", ctypes.c_uint64),
+        ("count", ctypes.c_uint32),
+        ("slab", ctypes.c_uint32 * MEMORY_BATCH),
+    )
+
+
+class MemoryQuarantine(Frame):
+    TYPE = Type.MEMORY_QUARANTINE
+    id: int
+    set: Bitmap
+    _fields_ = (("header", Header), ("id", ctypes.c_uint64), ("set", Bitmap))
+
+
+class MemoryDone(Frame):
+    TYPE = Type.MEMORY_DONE
+    id: int
+    result: int
+    _fields_ = (
+        ("header", Header),
+        ("id", ctypes.c_uint64),
+        ("result", ctypes.c_uint32),
+        ("reserved", ctypes.c_uint32),
+    )
+
+
+class GpuTable(Frame):
+    TYPE = Type.GPU_TABLE
+    DESCRIPTORS = (2,)  # {table, bell}
+    table_bytes: int
+    _fields_ = (("header", Header), ("table_bytes", ctypes.c_uint64))
+
+
+_GPU_FILE_FIELDS = (("header", Header), ("number", ctypes.c_uint32), ("kind", ctypes.c_uint32))
+
+
+class GpuFile(Frame):
+    TYPE = Type.GPU_FILE
+    DESCRIPTORS = (1,)
+    number: int
+    kind: int
+    _fields_ = _GPU_FILE_FIELDS
+
+
+class GpuFileGone(Frame):
+    TYPE = Type.GPU_FILE_GONE
+    number: int
+    kind: int
+    _fields_ = _GPU_FILE_FIELDS
+
+
 FRAMES: dict[int, type[Frame]] = {
     cls.TYPE: cls
     for cls in (
         Hello, Welcome, Reject, ArenaOpen, Arena, ArenaRestore, Want, Grant, Reclaim, Reclaimed,
-        Return, Tenant, TenantOk, Denied,
+        Return, Tenant, TenantOk, Denied, MemoryOpen, Memory, MemoryMapped, MemoryReady, MemoryMap,
+        MemoryQuarantine, MemoryDone, GpuTable, GpuFile, GpuFileGone,
     )
 }  # fmt: skip
 HEADER_BYTES = ctypes.sizeof(Header)

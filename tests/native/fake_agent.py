@@ -92,12 +92,18 @@ class Link:
     def send(self, frame: wire.Frame, fds: Iterable[int] = ()) -> None:
         wire.send(self.sock, frame, list(fds))
 
-    def welcome(self, role: wire.Role, doorbell: int | None = None, slabs_limit: int = 64) -> wire.Hello:
+    def welcome(
+        self,
+        role: wire.Role,
+        doorbell: int | None = None,
+        slabs_limit: int = 64,
+        device: wire.Device = wire.Device.CPU,
+    ) -> wire.Hello:
         hello = self.expect(wire.Hello)
         self.page.heartbeat_ns = time.monotonic_ns()
         self.start_heart()
         frame = wire.Welcome(
-            role=role, device=wire.Device.CPU, tenant=1, slab_bytes=SLAB_BYTES,
+            role=role, device=device, tenant=1, slab_bytes=SLAB_BYTES,
             slabs_limit=slabs_limit, lease_ms=self.lease_ms,
         )  # fmt: skip
         self.send(frame, [self.page_fd] if doorbell is None else [self.page_fd, doorbell])

@@ -90,6 +90,16 @@ def test_engines_find_the_plugins(bundle: Path) -> None:
     assert done.stdout == f"valve valve_runtime.vllm:register {build.version()}\n"
 
 
+INTERPOSED = {
+    "close", "close_range", "closefrom", "dlsym", "dup", "dup2", "dup3", "fcntl", "fcntl64", "ioctl", "open",
+    "open64", "openat", "openat64",
+    "cuGraphLaunch", "cuGraphLaunch_ptsz", "cuLaunch", "cuLaunchCooperativeKernel",
+    "cuLaunchCooperativeKernelMultiDevice", "cuLaunchCooperativeKernel_ptsz", "cuLaunchGrid",
+    "cuLaunchGridAsync", "cuLaunchKernel", "cuLaunchKernelEx", "cuLaunchKernelEx_ptsz", "cuLaunchKernel_ptsz",
+}  # fmt: skip
+"""Functions that the library stands in front of, to see what a process does with a GPU."""
+
+
 def test_the_library_shows_its_api_and_nothing_else(bundle: Path, tmp_path: Path) -> None:
     """And needs nothing but libc."""
     import re
@@ -104,7 +114,9 @@ def test_the_library_shows_its_api_and_nothing_else(bundle: Path, tmp_path: Path
     symbols = subprocess.run(
         [nm, "-D", "--defined-only", library], capture_output=True, text=True, check=True
     )
-    assert {line.split()[-1] for line in symbols.stdout.splitlines()} == declared
+    shown = {line.split()[-1] for line in symbols.stdout.splitlines()}
+    assert shown - declared == INTERPOSED
+    assert declared <= shown
     dynamic = subprocess.run([readelf, "-d", library], capture_output=True, text=True, check=True).stdout
     assert re.findall(r"NEEDED.*\[(.*)\]", dynamic) == ["libc.so.6"]
     assert "BIND_NOW" in dynamic, "lazy binding would run libc's resolver in the helper"

@@ -18,6 +18,7 @@ import pytest
 from victims import HERE, build, compile_program
 
 from valve_agent import shared, wire
+from valve_agent.devices.nvidia import routes, table
 
 SOURCE = (build.NATIVE / "include" / "valve_protocol.h").read_text()
 HEADER = re.sub(r"/\*.*?\*/", "", SOURCE, flags=re.S)
@@ -32,8 +33,19 @@ MIRRORS: dict[str, tuple[type[ctypes.Structure], ...]] = {
     "arena_restore": (wire.ArenaRestore,),
     "want": (wire.Want,),
     "slabs": (wire.Grant, wire.Reclaim, wire.Reclaimed, wire.Return),
+    "memory_open": (wire.MemoryOpen,),
+    "memory": (wire.Memory,),
+    "memory_mapped": (wire.MemoryMapped,),
+    "memory_ready": (wire.MemoryReady,),
+    "memory_map": (wire.MemoryMap,),
+    "memory_quarantine": (wire.MemoryQuarantine,),
+    "memory_done": (wire.MemoryDone,),
     "tenant": (wire.Tenant,),
     "tenant_ok": (wire.TenantOk,),
+    "gpu_open": (wire.GpuTable,),
+    "gpu_file": (wire.GpuFile, wire.GpuFileGone),
+    "gpu_channel": (table.ChannelSlot,),
+    "gpu_table": (table.TableLayout,),
     "page": (shared.PageLayout,),
     "ledger": (shared.LedgerLayout,),
 }
@@ -41,7 +53,10 @@ ENUMS: dict[str, type[enum.IntEnum]] = {
     "valve_role": wire.Role,
     "valve_device": wire.Device,
     "valve_type": wire.Type,
+    "valve_gpu_file_kind": wire.GpuFileKind,
+    "valve_route": wire.Route,
     "valve_reject_code": wire.RejectCode,
+    "valve_memory_route": wire.MemoryRoute,
 }
 
 
@@ -99,14 +114,24 @@ def test_enums_and_constants(compiled: dict[str, tuple[int, ...]]) -> None:
         body = re.search(rf"^enum {name} \{{(.*?)\}}", HEADER, re.S | re.M)
         assert body is not None
         for constant in re.findall(r"(VALVE_\w+) = ", body.group(1)):
-            member = re.sub(r"^VALVE_(ROLE_|DEVICE_)?", "", constant)
+            member = re.sub(r"^VALVE_(ROLE_|DEVICE_|ROUTE_|GPU_(?=CTL|UVM)|MEMORY_(?=BY_))?", "", constant)
             assert compiled[constant] == (mirror[member].value,), constant
         assert len(mirror) == len(re.findall(r"(VALVE_\w+) = ", body.group(1)))
     flags = {name.removeprefix("VALVE_HELLO_"): compiled[name][0] for name in constants() if "HELLO_" in name}
     assert flags == {flag.name: flag.value for flag in wire.HelloFlag}
     for name in ("MAGIC", "VERSION_MIN", "VERSION_MAX", "SLABS_MAX", "BITMAP_WORDS", "REQUESTS_MAX",
-                 "TEXT_BYTES", "NAME_BYTES"):  # fmt: skip
+                 "TEXT_BYTES", "NAME_BYTES", "MEMORY_BATCH"):  # fmt: skip
         assert compiled[f"VALVE_{name}"] == (getattr(wire, name),)
+    names = {"GPU_FILES_MAX": table.FILES_MAX, "GPU_CHANNELS_MAX": table.CHANNELS_MAX,
+             "GPU_HOLD_CHANNELS": table.HOLD_CHANNELS, "GPU_HOLD_LAUNCHES": table.HOLD_LAUNCHES,
+             "GPU_STOP_COMPUTE": routes.STOP_COMPUTE, "GPU_STOP_ALL": routes.STOP_ALL,
+             "GPU_RUN": routes.RUN, "MAGIC": table.MAGIC}  # fmt: skip
+    for name, value in names.items():
+        assert compiled[f"VALVE_{name}"] == (value,)
+    assert {wire.Route[name.replace("-", "_").upper()]: n for name, n in routes.NUMBERS.items()} == {
+        route: route.value for route in wire.Route if route
+    }
+    assert compiled["gpu_table"] == (table.TABLE_BYTES,)
     for slabs in (1, 96, 4096):
         assert compiled[f"VALVE_LEDGER_BYTES({slabs}ull)"] == (shared.ledger_bytes(slabs),)
 
@@ -150,9 +175,9 @@ def changed(frame: wire.Frame, **header: int) -> bytes:
         ("a size that lies", changed(wire.Want(), size=23), wire.Truncated, "WANT says it is 23 bytes"),
         ("a size that lies up", changed(wire.Want(), size=2**32 - 1), wire.Oversized, "says it is 42949"),
         ("a frame of a later version", changed(wire.Want(), version=7), wire.BadVersion, "version 7"),
-        ("a HELLO of later versions", bytes(wire.Hello(version_min=2, version_max=9)), wire.BadVersion,
-         "versions 2..9, this side 1..1: install the same version"),
-        ("such a HELLO of another size", bytes(wire.Hello(version_min=2, version_max=9)) + bytes(64),
+        ("a HELLO of later versions", bytes(wire.Hello(version_min=3, version_max=9)), wire.BadVersion,
+         "versions 3..9, this side 1..2: install the same version"),
+        ("such a HELLO of another size", bytes(wire.Hello(version_min=3, version_max=9)) + bytes(64),
          wire.BadVersion, "install the same version"),
         ("a TENANT of an older version", bytes(wire.Tenant()), wire.BadVersion, "versions 0..0"),
         ("versions upside down", bytes(wire.Hello(version_min=2, version_max=1)), wire.BadVersion, "2..1"),

@@ -114,6 +114,29 @@ class ComputeControl(Protocol[T]):
         """Let all of them run."""
         ...
 
+    def quiesce(self, targets: Sequence[T]) -> None:
+        """Like pause, but for everything that can touch the targets' memory (copy engines): before anybody
+        else does. Raises PauseTimeout."""
+        ...
+
+    def supply(self, target: T, number: int, fds: Sequence[int]) -> None:
+        """Descriptors of the process that the device needs to control it. Takes them over, unless it raises
+        TargetRefused. What they lead to is stopped or runs only after the next pause or resume."""
+        ...
+
+    def withdraw(self, target: T, number: int) -> None:
+        """The process has closed what `supply` brought under that number. Idempotent."""
+        ...
+
+    def tend(self, targets: Sequence[T]) -> Sequence[tuple[T, str]]:
+        """Now and then while they run: prepare what `pause` will need. Returns those that could not be
+        controlled now, and why."""
+        ...
+
+    def notes(self) -> Sequence[tuple[str, dict[str, object]]]:
+        """What happened since the last call: (event, fields)."""
+        ...
+
     def is_gone(self, target: T) -> bool:
         """The process has ended."""
         ...

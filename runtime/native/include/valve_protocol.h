@@ -20,7 +20,7 @@
 
 #define VALVE_MAGIC 0x564c4156u /* "VALV" */
 #define VALVE_VERSION_MIN 1u    /* oldest protocol version this side speaks */
-#define VALVE_VERSION_MAX 1u    /* newest */
+#define VALVE_VERSION_MAX 2u    /* newest; 2 added the GPU frames */
 
 #define VALVE_SLABS_MAX 4096u /* slabs in one arena */
 #define VALVE_BITMAP_WORDS (VALVE_SLABS_MAX / 64u)
@@ -46,6 +46,17 @@ enum valve_type {
     VALVE_TENANT = 12,       /* launcher -> agent: my descendants are this tenant      */
     VALVE_TENANT_OK = 13,    /* agent -> launcher                                      */
     VALVE_DENIED = 14,       /* agent -> runtime: ARENA_OPEN refused; connection lives */
+    VALVE_GPU_TABLE = 15,    /* offline runtime -> agent, after a WELCOME to an nvidia device: fds {table, bell} */
+    VALVE_GPU_FILE = 16,     /* offline runtime -> agent: fd {file}: a driver file that this process uses */
+    VALVE_GPU_FILE_GONE = 17, /* offline runtime -> agent: it has closed that file; the agent must too */
+    /* 32..: the memory connection of a process on a GPU; see valve_memory_open */
+    VALVE_MEMORY_OPEN = 32,       /* runtime -> agent: first frame of a memory connection    */
+    VALVE_MEMORY = 33,            /* agent -> runtime: fd {quarantine}                       */
+    VALVE_MEMORY_MAPPED = 34,     /* runtime -> agent: where it lies; fds {uvm, ...}         */
+    VALVE_MEMORY_READY = 35,      /* agent -> runtime: who remaps from here on               */
+    VALVE_MEMORY_MAP = 36,        /* agent -> runtime: map these now; one fd per slab        */
+    VALVE_MEMORY_QUARANTINE = 37, /* agent -> runtime: map quarantine there now              */
+    VALVE_MEMORY_DONE = 38,       /* runtime -> agent: what became of the last two           */
 };
 
 enum valve_reject_code {
@@ -59,7 +70,7 @@ enum valve_reject_code {
 
 struct valve_header {
     uint32_t magic;   /* VALVE_MAGIC */
-    uint16_t version; /* negotiated version; in HELLO, TENANT: the sender's newest */
+    uint16_t version; /* negotiated: the newest that both speak; in HELLO, TENANT: the sender's newest */
     uint16_t type;    /* enum valve_type */
     uint32_t size;    /* bytes of the whole frame, this header included */
     uint32_t seq;     /* sender's counter, for logs */
@@ -134,6 +145,64 @@ struct valve_slabs {
     struct valve_bitmap set;
 };
 
+/* On a GPU the arena is device memory, which only a thread with a CUDA context can reserve: the
+ * engine's own.  It opens a second connection, the memory connection, whose peer (SO_PEERCRED) must
+ * be a process that said HELLO:
+ *
+ *   MEMORY_OPEN -> MEMORY | DENIED;  reserve, map quarantine everywhere;  MEMORY_MAPPED -> MEMORY_READY | DENIED
+ *
+ * and then ARENA_OPEN on the ordinary connection, whose ARENA brings {uvm, quarantine, ledger}. */
+struct valve_memory_open {
+    struct valve_header header;
+    uint64_t slabs;
+    uint8_t gpu[16]; /* UUID of the GPU of the thread's context */
+};
+
+struct valve_memory {
+    struct valve_header header;
+    uint64_t slabs;
+    uint64_t slab_bytes;
+    uint64_t quarantine_bytes; /* size of the quarantine allocation: one slab */
+};
+
+struct valve_memory_mapped {
+    struct valve_header header;
+    uint64_t base;
+    uint64_t slabs;
+};
+
+enum valve_memory_route {
+    VALVE_MEMORY_BY_AGENT = 1,  /* through the process's UVM file: nothing more comes here */
+    VALVE_MEMORY_BY_TENANT = 2, /* through libcuda: MAP and QUARANTINE come here */
+};
+
+struct valve_memory_ready {
+    struct valve_header header;
+    uint32_t route; /* enum valve_memory_route */
+    uint32_t reserved;
+};
+
+#define VALVE_MEMORY_BATCH 3u
+struct valve_memory_map {
+    struct valve_header header;
+    uint64_t id;
+    uint32_t count; /* slabs, and descriptors */
+    uint32_t slab[VALVE_MEMORY_BATCH];
+};
+
+struct valve_memory_quarantine {
+    struct valve_header header;
+    uint64_t id;
+    struct valve_bitmap set;
+};
+
+struct valve_memory_done {
+    struct valve_header header;
+    uint64_t id;
+    uint32_t result; /* 0, or the CUresult of what failed: nothing may run any more */
+    uint32_t reserved;
+};
+
 struct valve_tenant {
     struct valve_header header;
     uint16_t version_min;
@@ -159,7 +228,8 @@ struct valve_page {
     uint64_t heartbeat_ns; /* agent: its last sign of life */
     uint32_t gate;         /* agent: 0 unknown, 1 open, 2 paused */
     uint32_t reserved1;
-    uint8_t agent_reserved[40];
+    uint64_t memory_limit_bytes; /* agent: GPU memory that this process may have, its arena included; 0: any */
+    uint8_t agent_reserved[32];
 
     uint32_t busy;           /* runtime, @64: 1 while a request is in this process */
     uint32_t busy_seq;       /* runtime: +1 at every change of busy */
@@ -170,7 +240,8 @@ struct valve_page {
     uint64_t recomputed;     /* runtime: requests recomputed after a reclaim */
     uint64_t lost_blocks;    /* runtime: KV blocks lost to reclaims */
     uint64_t recomputed_tokens; /* runtime */
-    uint8_t runtime_reserved[3968];
+    uint64_t direct_bytes;   /* runtime: GPU memory that it allocated beside its arena */
+    uint8_t runtime_reserved[3960];
 };
 
 /* The ownership ledger: which request owns part of which slab, so that the agent
@@ -190,12 +261,80 @@ struct valve_ledger {
     uint32_t slabs;
     uint32_t active;    /* 0 or 1 */
     uint64_t updates;   /* +1 at every store of `active` */
-    uint8_t unused[40]; /* header is 64 bytes */
+    uint64_t base;      /* GPU: where the arena lies in the process; a later agent must know */
+    uint8_t unused[32]; /* header is 64 bytes */
 };
 #define VALVE_LEDGER_COPY_BYTES(slabs) \
     (4ull * VALVE_REQUESTS_MAX + 8ull * VALVE_BITMAP_WORDS + (slabs) * (VALVE_REQUESTS_MAX / 8ull))
 #define VALVE_LEDGER_BYTES(slabs) (64ull + 2ull * VALVE_LEDGER_COPY_BYTES(slabs))
 
+/* What an offline process does with a GPU.  Its RM objects live on the open file that made
+ * their client, and only that file controls them: so the files travel to the agent, and the
+ * handles are in the table, 32768 bytes shared by the runtime (which made it, sealed against
+ * shrinking) and the agent.  A field has one writer; the agent's are kept by the runtime
+ * while there is no agent. */
+enum valve_gpu_file_kind { VALVE_GPU_CTL = 1, VALVE_GPU_UVM = 2 };
+enum valve_route {
+    VALVE_ROUTE_NONE = 0,
+    VALVE_ROUTE_AGENT = 1,       /* the agent controls the channels through the passed file */
+    VALVE_ROUTE_IN_PROCESS = 2,  /* the runtime's control loop does, at the agent's command */
+    VALVE_ROUTE_PATCHED = 3,     /* the agent does, through a file of its own: patched driver */
+    VALVE_ROUTE_LAUNCH_GATE = 4, /* launches are held in the process */
+};
+
+#define VALVE_GPU_FILES_MAX 32u
+#define VALVE_GPU_CHANNELS_MAX 1020u
+
+struct valve_gpu_open {
+    struct valve_header header;
+    uint64_t table_bytes;
+};
+
+/* GPU_FILE and GPU_FILE_GONE share one body. */
+struct valve_gpu_file {
+    struct valve_header header;
+    uint32_t number; /* below VALVE_GPU_FILES_MAX; free again after GPU_FILE_GONE */
+    uint32_t kind;   /* enum valve_gpu_file_kind */
+};
+
+struct valve_gpu_channel {
+    uint32_t state; /* 0: free; 1: the other fields hold.  Written last, and first to 0 */
+    uint32_t file;  /* number of the control file of its client */
+    uint32_t client; /* RM handles, from here */
+    uint32_t subdevice;
+    uint32_t group; /* 0: in none */
+    uint32_t channel;
+    uint32_t engine; /* engineType of its group, or its own */
+    uint32_t hclass;
+};
+
+struct valve_gpu_table {
+    uint32_t magic;
+    uint16_t version;
+    uint16_t reserved0;
+    uint32_t hold;    /* agent: VALVE_GPU_HOLD_*; a shared futex */
+    uint32_t taken;   /* agent: bit n: it controls what is on file n; a shared futex */
+    uint64_t command; /* agent: sequence * 4 + enum valve_gpu_verb; then it rings the bell */
+    uint32_t route;   /* agent: enum valve_route */
+    uint8_t agent_reserved[36];
+
+    uint64_t changes;  /* runtime, @64: +1 after every change of a channel */
+    uint64_t answered; /* runtime: the last command carried out, as it stood in `command` */
+    uint32_t answer;   /* runtime: RM status of it; 0 is success */
+    uint32_t slots;    /* runtime: channels beyond this one were never used */
+    uint32_t overflow; /* runtime: channels that found no room here, so nobody can pause them */
+    uint32_t launch_hooks; /* runtime: launch entry points that went through its hooks */
+    uint64_t launches_held; /* runtime: launches that had to wait */
+    uint8_t runtime_reserved[24];
+
+    struct valve_gpu_channel channels[VALVE_GPU_CHANNELS_MAX];
+};
+#define VALVE_GPU_HOLD_CHANNELS 1u /* make no channel and schedule none */
+#define VALVE_GPU_HOLD_LAUNCHES 2u /* launch nothing */
+enum valve_gpu_verb { VALVE_GPU_STOP_COMPUTE = 1, VALVE_GPU_STOP_ALL = 2, VALVE_GPU_RUN = 3 };
+
+_Static_assert(sizeof(struct valve_gpu_table) == 32768, "gpu table");
+_Static_assert(__builtin_offsetof(struct valve_gpu_table, changes) == 64, "runtime's part has its own cache line");
 _Static_assert(sizeof(struct valve_header) == 16, "header");
 _Static_assert(sizeof(struct valve_page) == 4096, "page");
 _Static_assert(__builtin_offsetof(struct valve_page, busy) == 64, "runtime's half has its own cache line");

@@ -9,6 +9,7 @@
  * two, so any history fits in one word and no queue can overflow.  Of the events
  * that wait, losses come first; those of one slab come in order.
  */
+#include "arena_nvidia.h"
 #include "frame.h"
 #include "slab.h"
 #include "state.h"
@@ -29,8 +30,14 @@
 static int files[VALVE_FDS_MAX]; /* arena, quarantine, ledger: the control loop's descriptors */
 static int without_page;
 
+/* Device memory of a GPU: what lies at a slab was changed by the agent before it told us, or will
+ * be before it believes us; here only the words change. */
+static int is_elsewhere(void) { return valve.device == VALVE_DEVICE_NVIDIA; }
+
 static int map_slabs(uint32_t first, uint32_t past)
 {
+    if (is_elsewhere())
+        return 0;
     char *at = valve.base + first * valve.slab_bytes;
     size_t bytes = (past - first) * valve.slab_bytes;
     long got = sys_mmap(at, bytes, READ_WRITE, MAP_SHARED | MAP_FIXED, files[0], first * valve.slab_bytes);
@@ -43,6 +50,8 @@ static int map_slabs(uint32_t first, uint32_t past)
 static int quarantine_slabs(uint32_t first, uint32_t past)
 {
     const int private = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+    if (is_elsewhere())
+        return 0;
     char *at = valve.base + first * valve.slab_bytes;
     size_t bytes = (past - first) * valve.slab_bytes;
     long got = 0;
@@ -96,19 +105,22 @@ static int file_holds(int fd, uint64_t bytes)
 int valve_arena_map(const struct valve_arena *frame, const int fds[VALVE_FDS_MAX])
 {
     uint64_t bytes = frame->slabs * frame->slab_bytes;
-    if (!file_holds(fds[0], bytes) || !file_holds(fds[1], frame->quarantine_bytes) ||
-        !file_holds(fds[2], frame->ledger_bytes))
+    int is_file = !is_elsewhere();
+    if (is_file && (!file_holds(fds[0], bytes) || !file_holds(fds[1], frame->quarantine_bytes)))
+        return -EINVAL;
+    if (!file_holds(fds[2], frame->ledger_bytes) || (!is_file && valve_nvidia_base() == 0))
         return -EINVAL;
     long ledger = sys_mmap(NULL, frame->ledger_bytes, READ_WRITE, MAP_SHARED, fds[2], 0);
     if (sys_failed(ledger))
         return (int)ledger;
-    valve.base = reserve(bytes);
+    valve.base = is_file ? reserve(bytes) : (char *)valve_nvidia_base();
     if (valve.base == NULL) {
         sys_munmap((void *)ledger, frame->ledger_bytes);
         return -ENOMEM;
     }
     sys_madvise((void *)ledger, frame->ledger_bytes, MADV_DONTFORK);
     valve.ledger = (struct valve_ledger *)ledger;
+    valve.ledger->base = (uint64_t)valve.base;
     valve.ledger_bytes = frame->ledger_bytes;
     valve.slabs = (uint32_t)frame->slabs;
     valve.slab_bytes = frame->slab_bytes;
@@ -202,7 +214,8 @@ void valve_arena_forget(void)
     if (atomic_load(&valve.arena) == ARENA_READY) {
         for (int i = 0; i < VALVE_FDS_MAX && valve_shares_descriptors(); i++)
             sys_close(files[i]);
-        sys_munmap(valve.base, valve.slabs * valve.slab_bytes);
+        if (!is_elsewhere())
+            sys_munmap(valve.base, valve.slabs * valve.slab_bytes);
         sys_munmap(valve.ledger, valve.ledger_bytes);
     }
     for (uint32_t i = 0; i < VALVE_SLABS_MAX; i++)

@@ -10,6 +10,7 @@
  * An offline process does not return from the constructor until the agent has let it in
  * (P6).  An online process is not touched until it uses the API, and never waits (P5).
  */
+#include "gpu.h"
 #include "state.h"
 #include "sys.h"
 
@@ -23,7 +24,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-struct valve_state valve = {.doorbell = -1};
+struct valve_state valve = {.doorbell = -1, .gpu_pipe = -1, .gpu_control_end = -1};
 
 const char *valve_version(void) { return VALVE_LIBRARY_VERSION; }
 
@@ -103,6 +104,9 @@ static void enter_offline(void)
             !atomic_load(&valve.refused))
             refuse("the helper of this offline process died; see the kernel's log", "");
     }
+    int pipe = atomic_load(&valve.gpu_state) == GPU_UNCONTROLLED ? atomic_exchange(&valve.gpu_pipe, -1) : -1;
+    if (pipe >= 0) /* no GPU, no driver files: leave no descriptor in the process */
+        sys_close(pipe);
     for (int tries = 0; has_previous && tries < 50; tries++) { /* it ends now: leave no zombie */
         has_previous = SYS4(SYS_wait4, -1, NULL, WNOHANG | __WCLONE, NULL) == 0;
         if (has_previous)
@@ -126,6 +130,7 @@ static void after_fork_in_child(void)
         sys_close(doorbell);
     valve_control_reset();
     valve_arena_forget();
+    gpu_forked();
     valve_page_reset();
     atomic_store(&valve.control_tid, 0);
     atomic_store(&valve.started, START_NO);
@@ -164,6 +169,8 @@ __attribute__((constructor)) static void enter(void)
     note_process();
     pthread_atfork(NULL, NULL, after_fork_in_child);
     valve.enabled = 1;
-    if (valve.claimed == VALVE_ROLE_OFFLINE)
+    if (valve.claimed == VALVE_ROLE_OFFLINE) {
+        gpu_start();
         enter_offline();
+    }
 }

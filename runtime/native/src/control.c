@@ -6,6 +6,7 @@
  * `sys_poll`, takes no lock and allocates nothing; `loop` belongs to it alone.
  */
 #include "control.h"
+#include "gpu.h"
 #include "link.h"
 #include "state.h"
 #include "sys.h"
@@ -59,6 +60,8 @@ static void stop_process(void)
 {
     if (!loop.in_helper || !loop.let_in)
         return;
+    if (!loop.stopped)
+        gpu_stop_all();
     helper_stop_process(loop.process);
     if (!loop.stopped)
         VALVE_SAY("the agent at ", valve.address.sun_path,
@@ -76,6 +79,7 @@ static void drop(const char *why, uint64_t retry_ns)
         sys_close(loop.sock);
     loop.sock = -1;
     loop.next_try_ns = sys_now_ns() + retry_ns;
+    gpu_unlinked();
     uint32_t asked = ARENA_ASKED; /* the answer will not come: ask the next agent */
     atomic_compare_exchange_strong(&valve.arena, &asked, ARENA_WANTED);
     set_link(LINK_DOWN);
@@ -88,6 +92,12 @@ static void send_or_drop(int type, void *frame, size_t size, const int *fds, int
         drop("the agent does not read what it is sent", RETRY_NS);
     else if (result < 0)
         drop(NULL, RETRY_NS);
+}
+
+void control_send(int type, void *frame, size_t size, const int *fds, int count)
+{
+    if (loop.sock >= 0)
+        send_or_drop(type, frame, size, fds, count);
 }
 
 static void connect_and_greet(void)
@@ -107,6 +117,7 @@ static void connect_and_greet(void)
     }
     loop.sock = sock;
     set_link(LINK_HELLO);
+    link_speak(VALVE_VERSION_MAX);
     struct valve_hello hello = {
         .version_min = VALVE_VERSION_MIN,
         .version_max = VALVE_VERSION_MAX,
@@ -154,8 +165,9 @@ static void on_welcome(struct link_packet *packet)
         packet->count = 1;
     }
     loop.lease_ns = frame->lease_ms * VALVE_NS_PER_MS;
-    loop.slab_bytes = frame->slab_bytes;
-    loop.slabs_limit = frame->slabs_limit;
+    loop.slab_bytes = valve.slab_bytes_told = frame->slab_bytes;
+    loop.slabs_limit = valve.slabs_limit = frame->slabs_limit;
+    valve.device = frame->device;
     loop.want_sent = 0;
     atomic_store(&valve.role, (int)frame->role);
     if (loop.told_unreachable || loop.told_refused || loop.stopped)
@@ -164,6 +176,11 @@ static void on_welcome(struct link_packet *packet)
     loop.unknown_ns = 0;
     loop.let_in = 1;
     loop.stopped = 0; /* from here on the agent decides who runs */
+    link_speak(frame->header.version);
+    if (valve.claimed == VALVE_ROLE_OFFLINE)
+        gpu_linked(frame->device == VALVE_DEVICE_NVIDIA && frame->header.version >= 2);
+    if (loop.sock < 0)
+        return; /* the agent does not read */
     set_link(LINK_UP);
     valve_page_republish();
     if (atomic_load(&valve.arena) == ARENA_READY) {
@@ -382,9 +399,14 @@ static void turn(void)
         sleep_ns = tick_ns;
     if (loop.in_helper && is_released())
         SYS1(SYS_exit_group, 0);
-    struct pollfd fds[3] = {{loop.sock, POLLIN, 0}, {loop.signals, POLLIN, 0}, {loop.process, POLLIN, 0}};
-    if (sys_poll(fds, 3, sleep_ns) <= 0)
+    struct pollfd fds[5] = {{loop.sock, POLLIN, 0}, {loop.signals, POLLIN, 0}, {loop.process, POLLIN, 0},
+                            {gpu_bell_fd(), POLLIN, 0}, {gpu_pipe_fd(), POLLIN, 0}};
+    if (sys_poll(fds, 5, sleep_ns) <= 0)
         return;
+    if (fds[3].revents)
+        gpu_on_bell();
+    if (fds[4].revents)
+        gpu_on_pipe();
     if (fds[1].revents & POLLNVAL)
         open_signals(); /* a process may close descriptors that it does not know */
     else if (fds[1].revents)

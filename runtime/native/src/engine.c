@@ -3,9 +3,16 @@
  * What an engine asks about its arena: open, want, return, poll.  Runs in the
  * process's own threads; the control loop does the work.
  */
+#include "arena_nvidia.h"
 #include "slab.h"
 #include "state.h"
 #include "sys.h"
+
+static void set_no_arena_in_time(void)
+{
+    VALVE_SET_ERROR("no arena in time: the agent at ", valve.address.sun_path,
+                    " does not answer; is `valve agent` running?");
+}
 
 void *valve_arena_open(uint64_t bytes, int timeout_ms, uint64_t *slab_bytes, uint32_t *slabs)
 {
@@ -14,12 +21,19 @@ void *valve_arena_open(uint64_t bytes, int timeout_ms, uint64_t *slab_bytes, uin
         return NULL;
     }
     uint64_t deadline_ns = sys_now_ns() + (uint64_t)(timeout_ms > 0 ? timeout_ms : 0) * VALVE_NS_PER_MS;
+    if (!valve_attach(timeout_ms)) {
+        set_no_arena_in_time();
+        return NULL;
+    }
+    if (valve.device == VALVE_DEVICE_NVIDIA && atomic_load(&valve.arena) != ARENA_READY &&
+        valve_nvidia_open(bytes, (uint64_t)timeout_ms * VALVE_NS_PER_MS) != 0)
+        return NULL;
     uint32_t state = atomic_load(&valve.arena);
     while (state == ARENA_NONE || state == ARENA_REFUSED) {
         atomic_store(&valve.arena_bytes_wanted, bytes);
         if (atomic_compare_exchange_strong(&valve.arena, &state, ARENA_WANTED)) {
             valve_wake();
-            break; /* a refusal may come before the next look: it must not be taken for an old one */
+            break; /* whatever it is now is the answer: asking twice would lose it */
         }
     }
     for (;;) {
@@ -33,8 +47,7 @@ void *valve_arena_open(uint64_t bytes, int timeout_ms, uint64_t *slab_bytes, uin
             return NULL;
         uint64_t now = sys_now_ns();
         if (now >= deadline_ns) {
-            VALVE_SET_ERROR("no arena in time: the agent at ", valve.address.sun_path,
-                            " does not answer; is `valve agent` running?");
+            set_no_arena_in_time();
             return NULL;
         }
         sys_futex_wait(&valve.arena, state, deadline_ns - now);

@@ -68,7 +68,10 @@ int helper_enter(void)
     SYS0(SYS_setsid);
     sys_close(0);
     sys_close(1);
-    SYS3(SYS_close_range, 3, ~0u, 0);
+    int kept = valve.gpu_control_end;
+    if (kept > 3)
+        SYS3(SYS_close_range, 3, kept - 1, 0);
+    SYS3(SYS_close_range, kept >= 3 ? kept + 1 : 3, ~0u, 0);
     leaderless = 0;
     kcmp_works = compare_memory() == 0;
     image_at_start = kcmp_works ? 0 : image();

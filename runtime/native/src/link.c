@@ -16,6 +16,10 @@ int link_move_high(int fd)
     return high;
 }
 
+static uint16_t speaks = VALVE_VERSION_MAX;
+
+void link_speak(uint16_t version) { speaks = version; }
+
 int link_connect(int keep_low)
 {
     int sock = (int)SYS3(SYS_socket, AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
@@ -32,8 +36,9 @@ int link_connect(int keep_low)
 
 int link_send(int sock, int type, void *frame, size_t size, const int *fds, int count)
 {
-    static uint32_t sequence;
-    valve_frame_header(frame, type, size, ++sequence);
+    static _Atomic uint32_t sequence;
+    valve_frame_header(frame, type, size, atomic_fetch_add(&sequence, 1) + 1);
+    ((struct valve_header *)frame)->version = speaks;
     union {
         struct cmsghdr header;
         char bytes[CMSG_SPACE(sizeof(int) * VALVE_FDS_MAX)];

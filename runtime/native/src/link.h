@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * The connection to the agent as packets.  Called by the control loop only; nothing
- * here waits.
+ * The connection to the agent as packets.  Called by the control loop, and for its own
+ * connection by arena_nvidia.c; nothing here waits.
  */
 #ifndef VALVE_LINK_H
 #define VALVE_LINK_H
@@ -11,6 +11,9 @@
 
 /* A connected, non-blocking socket, or -errno. */
 int link_connect(int keep_low);
+
+/* The version that frames carry from now on. */
+void link_speak(uint16_t version);
 
 /* Send a frame (its header is filled here) with `count` descriptors.  0 or -errno;
  * -EAGAIN means that the agent does not read. */

@@ -6,6 +6,7 @@
  * restarts finds it in the new page.  Several threads may copy at once: each
  * repeats until the truth it copied is still the truth, so the last copy is right.
  */
+#include "memory_limit.h"
 #include "state.h"
 #include "sys.h"
 
@@ -109,6 +110,7 @@ void valve_page_republish(void)
 {
     for (int i = 0; i < 5; i++)
         publish_count(i);
+    __atomic_store_n(&PAGE->direct_bytes, memory_limit_used(), __ATOMIC_SEQ_CST);
     publish_busy();
     ring();
 }

@@ -3,6 +3,7 @@
  * Starting the control loop as a thread or as the address-space helper.  Runs in the
  * process's own thread (constructor, first API call, or after fork in the child).
  */
+#include "link.h"
 #include "state.h"
 #include "sys.h"
 
@@ -10,6 +11,7 @@
 #include <sched.h>
 #include <signal.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
 
 #define STACK_BYTES (256u << 10)
 #define GUARD_BYTES (64u << 10)
@@ -39,12 +41,29 @@ int valve_spawn_thread(void)
     return -result;
 }
 
+/* By which the process's threads hand driver files to the control loop.  The control loop's end, or -errno. */
+static int make_gpu_pipe(void)
+{
+    int ends[2];
+    struct stat status;
+    long result = SYS4(SYS_socketpair, AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, ends);
+    if (result < 0)
+        return (int)result;
+    ends[0] = link_move_high(ends[0]);
+    SYS2(SYS_fstat, ends[0], &status);
+    valve.gpu_pipe_inode = status.st_ino;
+    valve.gpu_control_end = ends[1];
+    atomic_store(&valve.gpu_pipe, ends[0]);
+    return ends[1];
+}
+
 #ifdef VALVE_CONTROL_THREAD
 /* Build for ThreadSanitizer, which does not know processes that share memory: the same
  * loop as a thread.  It stops with the process, so it keeps no promise; for tests only. */
 int valve_spawn_helper(void)
 {
-    return valve_spawn_thread();
+    int result = make_gpu_pipe();
+    return result < 0 ? result : valve_spawn_thread();
 }
 #else
 static int helper_main(void *nothing)
@@ -65,11 +84,15 @@ int valve_spawn_helper(void)
         SYS3(SYS_mprotect, at, GUARD_BYTES, PROT_NONE);
         stack = (char *)at;
     }
+    int made = make_gpu_pipe();
+    if (made < 0)
+        return made;
     uint64_t all = ~0ull, before = 0;
     SYS4(SYS_rt_sigprocmask, SIG_SETMASK, &all, &before, sizeof all);
     int pid = clone(helper_main, stack + STACK_BYTES + GUARD_BYTES, CLONE_VM, NULL);
     int result = pid < 0 ? -errno : pid;
     SYS4(SYS_rt_sigprocmask, SIG_SETMASK, &before, NULL, sizeof before);
+    sys_close(made); /* the helper has its own copy of that descriptor */
     return result;
 }
 #endif

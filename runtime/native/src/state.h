@@ -29,6 +29,7 @@
 
 enum valve_link { LINK_DOWN = 0, LINK_HELLO = 1, LINK_UP = 2 };
 enum valve_arena_state { ARENA_NONE = 0, ARENA_WANTED = 1, ARENA_ASKED = 2, ARENA_READY = 3, ARENA_REFUSED = 4 };
+enum valve_gpu_state { GPU_UNKNOWN = 0, GPU_UNCONTROLLED = 1, GPU_CONTROLLED = 2 };
 enum valve_started { START_NO = 0, START_RUNNING = 1, START_FAILED = 2 };
 
 struct valve_state {
@@ -48,8 +49,17 @@ struct valve_state {
     _Atomic int role;
     _Atomic int refused; /* offline, in its constructor: the agent will not have this process */
     _Atomic int doorbell; /* descriptor in the process's own table, or -1 */
+    uint32_t device;      /* enum valve_device; this and the next two: before the link is UP, from WELCOME */
+    uint64_t slab_bytes_told;
+    uint32_t slabs_limit;
     _Atomic uint32_t error_turn;
     char errors[4][VALVE_TEXT_BYTES + 64];
+
+    /* GPU (gpu.h).  The two ends of a socket pair: the process's threads write, the control loop reads. */
+    _Atomic int gpu_pipe;
+    int gpu_control_end;      /* in the control loop's table */
+    uint64_t gpu_pipe_inode;
+    _Atomic uint32_t gpu_state; /* enum valve_gpu_state, by the control loop */
 
     /* Busy state: (sequence << 1) | busy.  Written by the process's threads. */
     _Atomic uint64_t busy_word;

@@ -107,6 +107,13 @@ static inline int sys_futex_wait(const void *word, uint32_t value, uint64_t time
     return (int)SYS4(SYS_futex, word, FUTEX_WAIT_PRIVATE, value, &wait);
 }
 
+/* For a word in memory shared with another process. */
+static inline int sys_futex_wait_shared(const void *word, uint32_t value, uint64_t timeout_ns)
+{
+    struct timespec wait = sys_timespec(timeout_ns);
+    return (int)SYS4(SYS_futex, word, FUTEX_WAIT, value, &wait);
+}
+
 static inline void sys_futex_wake_all(const void *word)
 {
     SYS3(SYS_futex, word, FUTEX_WAKE_PRIVATE, 0x7fffffff);

@@ -33,6 +33,9 @@ class FakeCompute:
         self.running_pids: set[int] = set()
         self.refuses_to_stop: set[int] = set()
         self.gone: set[int] = set()
+        self.copies_on: set[int] = set()
+        self.uncontrollable: set[int] = set()
+        self.to_tell: list[tuple[str, dict[str, object]]] = []
 
     def open(self, pid: int, pidfd: int, barrier: bool) -> FakeTarget:
         self.running_pids.add(pid)
@@ -54,6 +57,27 @@ class FakeCompute:
 
     def running(self, targets: Sequence[FakeTarget]) -> Sequence[FakeTarget]:
         return [target for target in targets if target.pid in self.running_pids]
+
+    def quiesce(self, targets: Sequence[FakeTarget]) -> None:
+        self._note("quiesce", targets)
+        stuck = [target.pid for target in targets if target.pid in self.copies_on]
+        if stuck:
+            raise PauseTimeout(stuck, 20_000, {})
+
+    def supply(self, target: FakeTarget, number: int, fds: Sequence[int]) -> None:
+        self.log.append(("supply", (target.pid, number)))
+        for fd in fds:
+            os.close(fd)
+
+    def withdraw(self, target: FakeTarget, number: int) -> None:
+        self.log.append(("withdraw", (target.pid, number)))
+
+    def tend(self, targets: Sequence[FakeTarget]) -> Sequence[tuple[FakeTarget, str]]:
+        return [(target, "no route") for target in targets if target.pid in self.uncontrollable]
+
+    def notes(self) -> Sequence[tuple[str, dict[str, object]]]:
+        notes, self.to_tell = self.to_tell, []
+        return notes
 
     def is_gone(self, target: FakeTarget) -> bool:
         return target.pid in self.gone

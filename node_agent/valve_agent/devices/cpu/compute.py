@@ -148,6 +148,23 @@ class CpuCompute:
             except ProcessLookupError:
                 target.gone = True
 
+    def quiesce(self, targets: Sequence[ProcessTarget]) -> None:
+        """Nothing to do: a stopped process copies nothing."""
+
+    def supply(self, target: ProcessTarget, number: int, fds: Sequence[int]) -> None:
+        raise TargetRefused(
+            "the cpu device needs no descriptors of a process; is the agent's --device right?"
+        )
+
+    def withdraw(self, target: ProcessTarget, number: int) -> None:
+        """It has none."""
+
+    def tend(self, targets: Sequence[ProcessTarget]) -> Sequence[tuple[ProcessTarget, str]]:
+        return ()
+
+    def notes(self) -> Sequence[tuple[str, dict[str, object]]]:
+        return ()
+
     def running(self, targets: Sequence[ProcessTarget]) -> Sequence[ProcessTarget]:
         """Paused targets that somebody continued. Where the leader is no witness (zombie, D, or still waiting
         for a CPU to stop on), the threads are."""

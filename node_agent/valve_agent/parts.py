@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What differs between the devices that an agent can share, put together once at its start.
+
+Why it exists: main.py and agent.py know no device. `cpu_parts` and `nvidia_parts` turn a policy into settings
+for that device and say which gate to start.
+
+Threading model: called by main before anything runs; `watch` is the server thread's, once a second.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from valve_agent.devices.cpu.memory import check_fits_machine
+from valve_agent.wire import Device
+from valve_api.policy import ColocationPolicy
+from valve_api.settings import EffectiveSettings, settings_for
+
+Emit = Callable[..., None]
+
+
+@dataclass
+class Parts:
+    device: Device
+    gate_device: str
+    """What gate_main understands."""
+    settings: EffectiveSettings
+    route: Mapping[str, Any] = field(default_factory=dict)
+    """How compute is controlled and why, for status and log; empty where there is only one way."""
+    watch: Callable[[Emit], None] = lambda emit: None
+    """Once a second: tell what happened to the device."""
+    processes: Callable[[], Mapping[int, int]] | None = None
+    """pid -> bytes, of every process that computes on the device; None where nobody knows. May raise
+    DeviceError."""
+    close: Callable[[], None] = lambda: None
+
+
+def cpu_parts(policy: ColocationPolicy) -> Parts:
+    """Raises PolicyError, DeviceError."""
+    settings = settings_for(policy)
+    check_fits_machine(settings.device_bytes)
+    return Parts(Device.CPU, "cpu", settings)
+
+
+def nvidia_parts(policy: ColocationPolicy, number: int = 0, commit: str = "none") -> Parts:
+    """GPU `number`; `commit`: see plan.Commit. Raises PolicyError, DeviceError: no driver, no such GPU, or no
+    route that the policy allows."""
+    from valve_agent.devices.base import DeviceMissing
+    from valve_agent.devices.nvidia import probe
+    from valve_agent.devices.nvidia.inventory import NvidiaInventory
+
+    inventory = NvidiaInventory()
+    try:
+        devices = inventory.devices()
+        if number >= len(devices):
+            raise DeviceMissing(f"there is no GPU {number}; this machine has {len(devices)}")
+        settings = settings_for(policy, devices[number].memory_bytes)
+        choice = probe.choose(settings.route, commit)
+        inventory.watch(number)
+    except BaseException:
+        inventory.close()
+        raise
+
+    def watch(emit: Emit) -> None:
+        for event in inventory.happened():
+            emit("xid", level="error", xid=event.xid, why=event.sentence)
+
+    def processes() -> Mapping[int, int]:
+        return {process.pid: process.used_bytes for process in inventory.processes(number)}
+
+    route = {"wanted": settings.route, **choice.document()}
+    return Parts(Device.NVIDIA, choice.gate_device(), settings, route, watch, processes, inventory.close)

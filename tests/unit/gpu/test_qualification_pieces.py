@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The qualification's pieces that need no driver: the list of parts and its table in the docs, percentiles,
+the judgement of the serving part."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from qualification import machine, serving
+from qualification.parts import PARTS
+from qualification.record import spread
+
+from valve_agent.devices.nvidia import rm
+
+ROOT = Path(__file__).parents[3]
+DOCS = (ROOT / "docs" / "gpu.md").read_text()
+
+
+def test_every_question_has_a_part() -> None:
+    assert [f"e{n}" for n in range(1, 17)] == [name for name in PARTS if name.startswith("e")]
+    assert [name for name in PARTS if not name.startswith("e")] == ["preempt", "reclaim", "serving"]
+    assert all(part.limit_s < 600 for part in PARTS.values())
+
+
+def test_the_docs_list_every_part_and_link_every_result() -> None:
+    rows = [line.split("|")[1].strip() for line in DOCS.splitlines() if line.startswith("| e")]
+    assert rows == [name for name in PARTS if name.startswith("e")]
+    for name in PARTS:
+        (row,) = [line for line in DOCS.splitlines() if line.startswith(f"| {name} |")]
+        results = [
+            path.name
+            for path in (ROOT / "docs" / "results").glob(f"gpu-*-{name}.json")
+            if not path.name.startswith("gpu-fake-")
+        ]
+        assert all(result in row for result in results), f"{results} is not linked in: {row}"
+        assert bool(results) != ("not yet measured" in row), row
+
+
+def test_the_list_of_parts_can_be_had_without_a_gpu() -> None:
+    command = [sys.executable, "-S", ROOT / "e2e" / "gpu" / "qualify.py", "--list"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert [line.split()[0] for line in done.stdout.splitlines()] == list(PARTS)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([], {"count": 0}),
+        ([5_000], {"count": 1, "p50_us": 5.0, "p99_us": 5.0, "max_us": 5.0}),
+        (range(1000, 101_000, 1000), {"count": 100, "p50_us": 51.0, "p99_us": 100.0, "max_us": 100.0}),
+    ],
+)
+def test_spread(values: Any, expected: dict[str, float]) -> None:
+    assert spread(list(values)) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "slug"),
+    [
+        ("NVIDIA H100 80GB HBM3", "h100-80gb-hbm3"),
+        ("fake", "fake"),
+        ("NVIDIA A100-SXM4-40GB", "a100-sxm4-40gb"),
+    ],
+)
+def test_the_device_in_a_file_name(name: str, slug: str) -> None:
+    assert machine.slug(name) == slug
+    assert machine.Machine(name, "580.142", rm.BRANCHES["580"], "6.1").is_fake == (name == "fake")
+
+
+def phase(ttft: float, tpot: float, tokens: float, errors: tuple[str, ...] = ()) -> dict[str, Any]:
+    def spread_of(value: float) -> dict[str, float]:
+        return {"p50": value, "p99": 2 * value}
+
+    return {
+        "online": {"ttft_ms": spread_of(ttft), "tpot_ms": spread_of(tpot), "errors": list(errors)},
+        "offline": {"tokens_per_s": tokens, "errors": []},
+    }
+
+
+def test_serving_reports_ratios_to_alone() -> None:
+    figures = {
+        "model": {},
+        "alone": phase(10, 2, 1000),
+        "naive": phase(40, 6, 500),
+        "agent": phase(10.5, 2, 400),
+    }
+    found = serving._judge(figures, ["mps: not here"])
+    assert (found.verdict, found.notes) == ("finding", ["mps: not here"])
+    assert found.answer.startswith("route agent: TTFT p99 1.05 x, TPOT 1.0 x of alone; offline 0.4 x")
+    assert found.figures["naive"]["ratios to alone"]["ttft p50"] == 4.0
+
+
+@pytest.mark.parametrize(
+    ("figures", "says"),
+    [
+        ({"alone": phase(10, 2, 1000)}, "every route of Valve"),
+        ({"alone": phase(10, 2, 1000), "agent": phase(10, 2, 1, ("out of memory",))}, "agent: online"),
+    ],
+    ids=["no route ran", "an engine had errors"],
+)
+def test_serving_fails(figures: dict[str, Any], says: str) -> None:
+    found = serving._judge({"model": {}, **figures}, [])
+    assert found.verdict == "fail"
+    assert says in found.answer
