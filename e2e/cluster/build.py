@@ -8,9 +8,9 @@
                                 is complete
     LINK/NAME                   a symbolic link to each
 
-About eight minutes on two cores the first time, nothing afterwards. A lock file makes a second checkout that
-builds at the same time wait for the first. Caller: the Makefile's `cluster` target; the classes of this package
-only read LINK.
+About eight minutes on two cores the first time, nothing afterwards. A lock file makes a second checkout
+that builds at the same time wait for the first. Caller: the Makefile's `cluster` target; the classes of
+this package only read LINK.
 """
 
 from __future__ import annotations

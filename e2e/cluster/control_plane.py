@@ -3,16 +3,16 @@
 
     with ControlPlane() as plane:
         plane.kubectl.apply(Path("crds"))
-        as_agent = plane.service_account("valve-system", "valve-agent")   # a Kubectl with that account's token
+        as_agent = plane.service_account("valve-system", "valve-agent")  # a Kubectl with its token
 
-On loopback with free ports by default, so it needs no root and any number run side by side; `Cluster` starts it
-inside its own network instead. Up in about three seconds. Nothing survives the test, even if that is killed.
+On loopback with free ports by default, so it needs no root and any number run side by side; `Cluster`
+starts it inside its own network instead. Up in about three seconds. Nothing survives the test, even if that
+is killed.
 """
 
 from __future__ import annotations
 
 import http.client
-
 import socket
 import ssl
 import tempfile
@@ -20,7 +20,6 @@ from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
-from e2e.cluster.errors import ClusterError
 from e2e.cluster.kubectl import Kubectl
 from e2e.cluster.pki import Authority
 from e2e.cluster.processes import Program, Supervisor
@@ -126,9 +125,10 @@ class ControlPlane:
             f"--service-account-signing-key-file={accounts.key}",
             f"--service-cluster-ip-range={SERVICES}", "--authorization-mode=Node,RBAC",
             "--enable-admission-plugins=NodeRestriction", "--allow-privileged=true",
-            f"--kubelet-client-certificate={to_kubelets.certificate}", f"--kubelet-client-key={to_kubelets.key}",
+            f"--kubelet-client-certificate={to_kubelets.certificate}",
+            f"--kubelet-client-key={to_kubelets.key}",
             f"--kubelet-certificate-authority={ca}", "--kubelet-preferred-address-types=InternalIP",
-            "--enable-aggregator-routing=true",  # webhooks are called at their endpoints: no kube-proxy needed
+            "--enable-aggregator-routing=true",  # webhooks are called at endpoints: no kube-proxy
         ])  # fmt: skip
         program.until("it was ready", self.ready)
         return program

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The cluster's certificates: one CA, and leaves signed by it, all made by `openssl` (3.0 or newer).
 
-Keys are P-256 because RSA keys would cost more time than the whole control plane needs to start. Everything lives
-in one folder of the cluster's state and is valid for two days.
+Keys are P-256 because RSA keys would cost more time than the whole control plane needs to start. Everything
+lives in one folder of the cluster's state and is valid for two days.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Authority:
             "subjectKeyIdentifier=hash",
         ])  # fmt: skip
         self.service_accounts = self.leaf("service-accounts", "service-accounts")
-        """Signs service account tokens; its certificate is the form of public key that the apiserver reads."""
+        """Signs service account tokens; the apiserver reads the public key from its certificate."""
 
     def leaf(
         self, name: str, common_name: str, *, groups: Sequence[str] = (), sans: Sequence[str] = ()

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Starting, watching and stopping a cluster's processes from a test.
 
-`Supervisor` is the test's end of supervisor.py; `Program` is one process that it runs. A program's output goes to
-a log file, and every failure to become ready carries that file's tail. One lock per supervisor, so that tests may
-use it from several threads.
+`Supervisor` is the test's end of supervisor.py; `Program` is one process that it runs. A program's output
+goes to a log file, and every failure to become ready carries that file's tail. One lock per supervisor, so
+that tests may use it from several threads.
 """
 
 from __future__ import annotations

@@ -3,11 +3,11 @@
 
     supervisor.py [--isolate] [--bind SOURCE:TARGET]... [--remove DIRECTORY] [--cgroup NAME]
 
-Two processes. The *janitor* waits for the other one and then removes DIRECTORY and the cgroups called NAME, so
-it cleans up however that one ended. The *init* starts what it is told to over stdin and ends when stdin ends,
-which is also what a SIGKILL of the test looks like. With --isolate, init is PID 1 of its own PID, mount and
-network namespaces: the kernel kills everything in them with it, shims that made themselves daemons included.
-Without, it is a child subreaper and kills what it can find.
+Two processes. The *janitor* waits for the other one and then removes DIRECTORY and the cgroups called NAME,
+so it cleans up however that one ended. The *init* starts what it is told to over stdin and ends when stdin
+ends, which is also what a SIGKILL of the test looks like. With --isolate, init is PID 1 of its own PID,
+mount and network namespaces: the kernel kills everything in them with it, shims that made themselves
+daemons included. Without, it is a child subreaper and kills what it can find.
 
 Protocol: a JSON object a line each way, one reply per request; the first line init writes is {"pid": its PID
 as the test sees it}.
@@ -31,7 +31,6 @@ import shutil
 import signal
 import sys
 import time
-import traceback
 from pathlib import Path
 from typing import Any
 
@@ -96,8 +95,8 @@ class Init:
             os.dup2(out, 2)
             os.closerange(3, 64)
             os.execvpe(argv[0], argv, env)
-        except BaseException:
-            traceback.print_exc()
+        except OSError as error:
+            os.write(2, f"{error}\n".encode())
         finally:
             os._exit(127)
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Nothing of a cluster outlives the test that started it.
 
-Aspects: SIGKILL of the test, with and without namespaces; daemons that detached themselves; removal of state and
-cgroups; programs that end too early or cannot be started. Gap: a SIGKILL of the janitor itself, which leaves the
-state folder behind.
+Aspects: SIGKILL of the test, with and without namespaces; daemons that detached themselves; removal of
+state and cgroups; programs that end too early or cannot be started. Gap: a SIGKILL of the janitor itself,
+which leaves the state folder behind.
 """
 
 from __future__ import annotations
