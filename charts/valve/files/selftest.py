@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """`helm test`: asks the cluster whether Valve's parts that need no node are in place.
 
-Why it exists: an installation can look healthy while admission does nothing. It lists what must be served, and
-sends pods with dryRun=All, so that the API server goes through the webhook and the policies and stores nothing.
-Standard library only; runs in the operator's image as the chart's test pod, with the rights of templates/tests.
+Why it exists: an installation can look healthy while admission does nothing. It lists what must be served,
+and sends pods with dryRun=All, so that the API server goes through the webhook and the policies and stores
+nothing. Standard library only; runs in the operator's image as the chart's test pod, with the rights of
+templates/tests.
 
 Threading model: one thread. Exit status: 0 all passed, 1 something did not; every check prints one line.
 """
@@ -103,15 +104,15 @@ class SelfTest:
         return "a pod without annotations passes as it is"
 
     def mutated(self) -> str:
-        for annotations, resource in (
+        for asked, resource in (
             ({"valve.io/workload": "online"}, "valve.io/online-gpu"),
             ({"valve.io/workload": "offline", "valve.io/gpu-memory": "2Gi"}, "valve.io/offline-memory-gib"),
         ):
-            status, answer = self.create(annotations)
+            status, answer = self.create(asked)
             if status != 201:
-                raise Failed(f"a pod with {annotations} is refused ({status}): {answer.get('message')}")
+                raise Failed(f"a pod with {asked} is refused ({status}): {answer.get('message')}")
             if resource not in limits_of(answer):
-                raise Failed(f"a pod with {annotations} was not given {resource}")
+                raise Failed(f"a pod with {asked} was not given {resource}")
         return "annotated pods ask for Valve's resources"
 
     def refused(self) -> str:
@@ -135,7 +136,8 @@ class SelfTest:
         ]
         if not offer:
             raise Failed(
-                f"{', '.join(ready)} is Ready, but no node offers valve.io/online-gpu: look at the device plugins"
+                f"{', '.join(ready)} is Ready, but no node offers valve.io/online-gpu: look at the "
+                "device plugins (kubectl get pods -A -l app.kubernetes.io/component=device-plugin)"
             )
         return f"{len(offer)} nodes offer valve.io/online-gpu"
 
