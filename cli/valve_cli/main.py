@@ -30,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     handler = {
         "agent": _agent, "run": _run, "demo": _demo, "bench": _bench, "policy": _policy, "status": _status,
+        "top": _top,
     }.get(arguments[0] if arguments else "")  # fmt: skip
     if handler is not None:
         return handler(arguments[1:])
@@ -47,6 +48,7 @@ def _help() -> argparse.ArgumentParser:
         ("agent", "the node agent: decides who computes and who has which memory"),
         ("run", "start a command as an online or offline tenant"),
         ("status", "what the agent knows now"),
+        ("top", "every device and its tenants, live"),
         ("policy", "check a ColocationPolicy file"),
         ("bench", f"measure: {', '.join(_BENCHES)}"),
         ("demo", "two real LLM engines on one shared device, with a report"),
@@ -81,6 +83,10 @@ def _status(argv: list[str]) -> int:
     from valve_cli import status
 
     return status.main(argv)
+
+
+def _top(argv: list[str]) -> int:
+    return _delegate("valve_cli.top.main", argv)
 
 
 def _policy(argv: list[str]) -> int:
