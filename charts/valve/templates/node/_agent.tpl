@@ -47,7 +47,7 @@ spec:
         - name: agent
           image: {{ include "valve.image" (list $ .Values.agent.image) }}
           imagePullPolicy: {{ .Values.image.pullPolicy }}
-          command: [python, -m, valve_cli.main, agent]
+          command: [python3, -m, valve_cli.main, agent]
           args:
             - --node=$(NODE_NAME)
             {{- with .Values.agent.device }}

@@ -28,7 +28,7 @@ spec:
         {{- toYaml . | nindent 8 }}
         {{- end }}
     spec:
-      # No right in the API, so no token either: it talks to the kubelet and to the agent, by their sockets.
+      # No right in the API, so no token either: it talks to the kubelet and to the agent, over their sockets.
       serviceAccountName: {{ $name }}
       automountServiceAccountToken: false
       {{- with include "valve.pullSecrets" . }}
@@ -43,7 +43,7 @@ spec:
         - name: install-runtime
           image: {{ include "valve.image" (list $ .Values.devicePlugin.image) }}
           imagePullPolicy: {{ .Values.image.pullPolicy }}
-          command: [python, -m, valve_deviceplugin, install-runtime]
+          command: [python3, -m, valve_deviceplugin, install-runtime]
           args: [--from=/usr/share/valve/runtime, "--to={{ .Values.node.libraryDir }}"]
           resources:
             requests: {cpu: 20m, memory: 64Mi, ephemeral-storage: 16Mi}
@@ -58,15 +58,19 @@ spec:
         - name: device-plugin
           image: {{ include "valve.image" (list $ .Values.devicePlugin.image) }}
           imagePullPolicy: {{ .Values.image.pullPolicy }}
-          command: [python, -m, valve_deviceplugin]
+          command: [python3, -m, valve_deviceplugin]
           args:
             - --node=$(NODE_NAME)
             - --agent-socket={{ .Values.node.runDir }}/agent.sock
             - --library={{ .Values.node.libraryDir }}/{{ .Chart.AppVersion }}
-            - --kubelet-dir={{ .Values.node.kubeletDir }}/device-plugins
-            - --pod-resources={{ .Values.node.kubeletDir }}/pod-resources/kubelet.sock
-            - --cdi-dir={{ .Values.node.cdiDir }}
+            - --kubelet-dir={{ .Values.node.kubeletDir }}
             - --state-dir={{ .Values.node.stateDir }}/device-plugin
+            - --injection={{ .Values.devicePlugin.injection }}
+            - --cdi-dir={{ .Values.node.cdiDir }}
+            - --gpu-access={{ .Values.devicePlugin.gpuAccess }}
+            - --metrics-address=0.0.0.0
+            - --metrics-port={{ .Values.devicePlugin.ports.metrics }}
+            - --log-level={{ .Values.devicePlugin.logLevel }}
             {{- with .Values.devicePlugin.extraArgs }}
             {{- toYaml . | nindent 12 }}
             {{- end }}
@@ -76,6 +80,16 @@ spec:
             {{- with .Values.devicePlugin.extraEnv }}
             {{- toYaml . | nindent 12 }}
             {{- end }}
+          ports:
+            - {name: metrics, containerPort: {{ .Values.devicePlugin.ports.metrics }}, protocol: TCP}
+          readinessProbe:
+            httpGet: {path: /healthz, port: metrics}
+            periodSeconds: 5
+          livenessProbe:
+            httpGet: {path: /healthz, port: metrics}
+            initialDelaySeconds: 30
+            periodSeconds: 30
+            timeoutSeconds: 5
           resources:
             {{- toYaml .Values.devicePlugin.resources | nindent 12 }}
           securityContext:
@@ -85,7 +99,7 @@ spec:
           volumeMounts:
             - {name: device-plugins, mountPath: {{ .Values.node.kubeletDir }}/device-plugins}
             - {name: pod-resources, mountPath: {{ .Values.node.kubeletDir }}/pod-resources, readOnly: true}
-            - {name: cdi, mountPath: {{ .Values.node.cdiDir }}}
+            - {name: cdi, mountPath: {{ .Values.node.cdiDir }}{{ if ne .Values.devicePlugin.injection "cdi" }}, readOnly: true{{ end }}}
             - {name: run, mountPath: {{ .Values.node.runDir }}, readOnly: true}
             - {name: state, mountPath: {{ .Values.node.stateDir }}}
             - {name: tmp, mountPath: /tmp}
