@@ -128,6 +128,9 @@ class ControlPlane:
             f"--kubelet-client-certificate={to_kubelets.certificate}",
             f"--kubelet-client-key={to_kubelets.key}",
             f"--kubelet-certificate-authority={ca}", "--kubelet-preferred-address-types=InternalIP",
+            f"--requestheader-client-ca-file={ca}", "--requestheader-allowed-names=front-proxy",
+            "--requestheader-username-headers=X-Remote-User", "--requestheader-group-headers=X-Remote-Group",
+            "--requestheader-extra-headers-prefix=X-Remote-Extra-",
             "--enable-aggregator-routing=true",  # webhooks are called at endpoints: no kube-proxy
         ])  # fmt: skip
         program.until("it was ready", self.ready)
@@ -141,6 +144,7 @@ class ControlPlane:
             f"--service-account-private-key-file={self.authority.service_accounts.key}",
             f"--root-ca-file={self.authority.ca.certificate}", "--leader-elect=false",
             "--bind-address=127.0.0.1", f"--secure-port={self._manager_port}",
+            "--node-monitor-period=1s",  # how late a new node's first taint goes
         ])  # fmt: skip
         scheduler = self._kubeconfig("scheduler", "system:kube-scheduler")
         self.scheduler = self.supervisor.start("kube-scheduler", [

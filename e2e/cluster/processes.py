@@ -51,6 +51,7 @@ class Supervisor:
         *,
         isolate: bool = False,
         binds: Sequence[tuple[Path, str]] = (),
+        overlays: Sequence[tuple[Path, str]] = (),
         remove: Path | None = None,
         cgroup: str = "",
     ) -> None:
@@ -63,6 +64,7 @@ class Supervisor:
         command = [sys.executable, "-I", "-S", str(SUPERVISOR)]
         command += ["--isolate"] if isolate else []
         command += [f"--bind={source}:{target}" for source, target in binds]
+        command += [f"--overlay={folder}:{target}" for folder, target in overlays]
         command += [f"--remove={remove}"] if remove else []
         command += [f"--cgroup={cgroup}"] if cgroup else []
         self._errors = logs / "supervisor.log"

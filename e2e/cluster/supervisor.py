@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs a cluster's processes so that none can outlive the test that started them, whatever kills it.
 
-    supervisor.py [--isolate] [--bind SOURCE:TARGET]... [--remove DIRECTORY] [--cgroup NAME]
+    supervisor.py [--isolate] [--bind SOURCE:TARGET]... [--overlay FOLDER:TARGET]...
+                  [--remove DIRECTORY] [--cgroup NAME]
 
 Two processes. The *janitor* waits for the other one and then removes DIRECTORY and the cgroups called NAME,
 so it cleans up however that one ended. The *init* starts what it is told to over stdin and ends when stdin
@@ -50,11 +51,11 @@ def call(name: str, *arguments: Any) -> None:
         raise OSError(code, f"{name}{arguments}: {os.strerror(code)}")
 
 
-def mount(source: str, target: str, kind: str, flags: int) -> None:
-    call("mount", source.encode(), target.encode(), kind.encode(), ctypes.c_ulong(flags), None)
+def mount(source: str, target: str, kind: str, flags: int, data: str = "") -> None:
+    call("mount", source.encode(), target.encode(), kind.encode(), ctypes.c_ulong(flags), data.encode())
 
 
-def isolate(binds: list[str]) -> None:
+def isolate(binds: list[str], overlays: list[str]) -> None:
     """Own mounts and network for this process, which is already PID 1 of its own PID namespace."""
     call("unshare", CLONE_NEWNS | CLONE_NEWNET)
     mount("none", "/", "", MS_REC | MS_SLAVE)
@@ -63,6 +64,10 @@ def isolate(binds: list[str]) -> None:
     for bind in binds:
         source, target = bind.split(":")
         mount(source, target, "", MS_BIND | MS_REC)
+    for overlay in overlays:
+        source, target = overlay.split(":")
+        layers = f"lowerdir={target},upperdir={source}/upper,workdir={source}/work"
+        mount("overlay", target, "overlay", 0, layers)
 
 
 class Init:
@@ -143,7 +148,7 @@ def run_init(arguments: argparse.Namespace, pid: int) -> None:
     call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)  # if the janitor is killed
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # ^C is for the test, which then closes stdin
     if arguments.isolate:
-        isolate(arguments.bind)
+        isolate(arguments.bind, arguments.overlay)
     else:
         call("prctl", PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     print(json.dumps({"pid": pid}), flush=True)
@@ -176,6 +181,7 @@ def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--isolate", action="store_true")
     parser.add_argument("--bind", action="append", default=[])
+    parser.add_argument("--overlay", action="append", default=[])
     parser.add_argument("--remove")
     parser.add_argument("--cgroup")
     arguments = parser.parse_args()
