@@ -40,9 +40,10 @@ class DeleteNode:
 
 @dataclass(frozen=True, slots=True)
 class LabelNode:
-    """Make Valve's labels on the Node exactly these."""
+    """Make Valve's labels on the Node with this uid exactly these."""
 
     name: str
+    uid: str
     labels: dict[str, str]
 
 

@@ -97,4 +97,4 @@ def _labels(world: World, selection: Selection, moving: Moves) -> Iterator[Actio
                 wanted[LABEL_STARVED] = "true"
         there = {label: node.labels[label] for label in OUR_LABELS if label in node.labels}
         if there != wanted:
-            yield LabelNode(name, wanted)
+            yield LabelNode(name, node.uid, wanted)

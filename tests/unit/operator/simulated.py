@@ -172,7 +172,8 @@ class Cluster:
                     there["metadata"]["generation"] += 1
             case DeleteNode(name, uid):
                 assert self.colonodes.pop(name)["metadata"]["uid"] == uid
-            case LabelNode(name, labels):
+            case LabelNode(name, uid, labels):
+                assert self.nodes[name]["metadata"]["uid"] == uid
                 kept = {
                     k: v for k, v in self.nodes[name]["metadata"]["labels"].items() if "valve.io/" not in k
                 }
