@@ -29,6 +29,7 @@ from valve_agent.pool import Holder, Pool
 from valve_agent.registry import Link, Memory, Process, Registry, Scan, Tenant
 from valve_agent.server import Server
 from valve_agent.shared import Ledger, LedgerCopy, Page, SharedMemoryError, ledger_bytes
+from valve_agent.usage import Usage
 from valve_agent.wire import RejectCode, Role, bits
 
 SCAN_NS = 1_000_000_000
@@ -74,6 +75,7 @@ class Agent:
         self.device = device
         self.started_ns = clock()
         self.paused = True
+        self.usage = Usage(self.started_ns)
         self.retired: dict[str, dict[str, int]] = {}
         """Tenant -> counters of processes that are gone."""
         self.closing = False
@@ -349,6 +351,7 @@ class Agent:
             return
         process.link = None
         process.lost_ns = self._clock()
+        self.usage.engine_gone(link.connection, process.lost_ns)
         self._retire(process.tenant, link.page)
         link.page.close()
         os.close(link.page_fd)
@@ -515,6 +518,7 @@ class Agent:
         except GateDied as error:
             raise AgentFailed(str(error)) from error
         for event in happened:
+            self.usage.on_event(event)
             name = str(event.pop("event"))
             conn = event.pop("conn", None)
             process = self._by_connection.get(conn) if conn is not None else None

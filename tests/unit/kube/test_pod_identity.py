@@ -9,7 +9,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from node_rig import Node
+from kubelet_stand_in import Node
 
 from valve_agent.identity import IdentityError, Peer
 from valve_agent.kube import containers as containers_module

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from node_rig import FakeKubelet
+from kubelet_stand_in import FakeKubelet
 
 from valve_agent.kube.podresources import Allocation, ContainerName, PodResources, PodResourcesError
 from valve_agent.wire import Role
