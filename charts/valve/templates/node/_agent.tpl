@@ -55,6 +55,7 @@ spec:
             {{- end }}
             - --socket={{ .Values.node.runDir }}/agent.sock
             - --pod-resources={{ .Values.node.kubeletDir }}/pod-resources/kubelet.sock
+            - --logs=/var/log
             - --allocations={{ .Values.node.stateDir }}/device-plugin
             - --metrics-address=0.0.0.0
             - --metrics-port={{ .Values.agent.ports.metrics }}
@@ -90,6 +91,7 @@ spec:
           volumeMounts:
             - {name: run, mountPath: {{ .Values.node.runDir }}}
             - {name: pod-resources, mountPath: {{ .Values.node.kubeletDir }}/pod-resources, readOnly: true}
+            - {name: logs, mountPath: /var/log, readOnly: true}
             - {name: allocations, mountPath: {{ .Values.node.stateDir }}, readOnly: true}
             - {name: tmp, mountPath: /tmp}
       volumes:
@@ -97,6 +99,9 @@ spec:
           hostPath: {path: {{ .Values.node.runDir }}, type: DirectoryOrCreate}
         - name: pod-resources
           hostPath: {path: {{ .Values.node.kubeletDir }}/pod-resources, type: Directory}
+        # Its links say which container id is which pod's: the kubelet makes them when it starts a container.
+        - name: logs
+          hostPath: {path: /var/log, type: Directory}
         # The device plugin's ledger: which pod has which GPU.
         - name: allocations
           hostPath: {path: {{ .Values.node.stateDir }}, type: DirectoryOrCreate}
