@@ -9,7 +9,7 @@ Called from the event loop's thread only.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -23,7 +23,7 @@ from valve_operator.errors import ApiError, ConfigError, error_of
 
 FIELD_MANAGER: Final = "valve-operator"
 REQUEST_TIMEOUT_S: Final = 30.0
-PAGE: Final = 500
+PAGE: Final = 200
 """Objects per list request; bounds the memory that one answer takes."""
 METADATA_ONLY: Final = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1"
 APPLY: Final = "application/apply-patch+yaml"
@@ -83,9 +83,9 @@ class Api:
         """One object. Raises GoneError where it is not there."""
         return await self._call("GET", kind.path(name, namespace))
 
-    async def objects(self, kind: Kind) -> list[Json]:
-        """Every object of a kind."""
-        return await self._pages(kind, "application/json")
+    def objects(self, kind: Kind) -> AsyncIterator[Json]:
+        """Every object of a kind, a page at a time."""
+        return self._pages(kind, "application/json")
 
     async def find(self, kind: Kind, name: str, namespace: str = "") -> Json | None:
         """One object by a list: needs no right but the watch's. None where it is not there."""
@@ -93,9 +93,9 @@ class Api:
         items = (await self._call("GET", kind.path("", namespace), None, query)).get("items")
         return {"apiVersion": kind.group, "kind": kind.name, **items[0]} if items else None
 
-    async def metadata(self, kind: Kind) -> list[Json]:
+    def metadata(self, kind: Kind) -> AsyncIterator[Json]:
         """Only the metadata of every object of a kind: a tenth of the bytes."""
-        return await self._pages(kind, METADATA_ONLY)
+        return self._pages(kind, METADATA_ONLY)
 
     async def apply(self, kind: Kind, manifest: Json, subresource: str = "") -> Json:
         """Makes our fields of the object what the manifest says; creates it. Returns the object."""
@@ -118,17 +118,17 @@ class Api:
         body = {"apiVersion": "v1", "kind": "DeleteOptions", "preconditions": {"uid": uid}}
         await self._call("DELETE", kind.path(name, namespace), body)
 
-    async def _pages(self, kind: Kind, accept: str) -> list[Json]:
-        items: list[Json] = []
+    async def _pages(self, kind: Kind, accept: str) -> AsyncIterator[Json]:
         query = {"limit": str(PAGE)}
         if kind.selector:
             query["labelSelector"] = kind.selector
         while True:
             page = await self._call("GET", kind.path(), None, query, accept=accept)
-            items += page.get("items") or []
+            for item in page.get("items") or ():
+                yield item
             token = page["metadata"].get("continue")
             if not token:
-                return items
+                return
             query = {**query, "continue": token}
 
     async def _call(

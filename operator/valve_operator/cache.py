@@ -16,11 +16,12 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from valve_operator import views
 from valve_operator.api import COLONODES, NODES, POLICIES, Api, Kind
-from valve_operator.world import World
+from valve_operator.world import ColonodeView, World
 
 log = logging.getLogger(__name__)
 
@@ -57,9 +58,11 @@ class Cache:
             return
         if kind == COLONODES.name:
             self.world.paused.observe(key, raw.get("status") or {}, self._clock())
-        if table.get(key) != view:
+        before = table.get(key)
+        if before != view:
             table[key] = view
-            self.dirty.set()
+            if not _only_figures(before, view):
+                self.dirty.set()
 
     def told(self, kind: str, raw: Mapping[str, Any], deleted: bool) -> None:
         """What the watch tells."""
@@ -80,12 +83,12 @@ class Cache:
         for kind in WATCHED:
             table, _ = self._tables[kind.name]
             known = set(table)
-            there = {_key(kind.name, item["metadata"]) for item in await api.metadata(kind)}
+            there = {_key(kind.name, item["metadata"]) async for item in api.metadata(kind)}
             for key in known - there:
                 await self._look(api, kind, key)
             missing = sorted(there - set(table))
             if len(missing) > 100:  # the first census: one list is cheaper than a look at each
-                for item in await api.objects(kind):
+                async for item in api.objects(kind):
                     self.seen(kind.name, item)
             else:
                 for key in missing:
@@ -94,7 +97,7 @@ class Cache:
 
     async def refresh_daemonsets(self, api: Api) -> None:
         """Reads our DaemonSets: two objects, so no watch. Raises ApiError."""
-        found = {item["metadata"]["name"]: item for item in await api.objects(self.daemonsets)}
+        found = {item["metadata"]["name"]: item async for item in api.objects(self.daemonsets)}
         for name in set(self.world.daemonsets) - set(found):
             self.gone(self.daemonsets.name, name)
         for item in found.values():
@@ -107,6 +110,13 @@ class Cache:
             self.gone(kind.name, key)
         else:
             self.seen(kind.name, found)
+
+
+def _only_figures(before: Any, view: Any) -> bool:
+    """A ColocationNode whose agent says the same with other numbers."""
+    if not isinstance(before, ColonodeView) or not isinstance(view, ColonodeView):
+        return False
+    return replace(before, report=view.report) == view and before.report.says == view.report.says
 
 
 def _key(kind: str, meta: Mapping[str, Any]) -> str:

@@ -119,22 +119,24 @@ class Leader:
     async def _try(self) -> None:
         sent_s = self._clock()
         try:
-            # A leader knows its Lease; reading it first would double the requests.
-            lease = self._mine or await self._read()
-            step = judge(lease, self._seen, self.identity, sent_s)
-            if step is Step.WAIT:
-                return
-            written = await self._write(lease, step)
+            async with asyncio.timeout(self._timing.retry_s):
+                written = await self._step(sent_s)
         except ConflictError:  # somebody else wrote: whatever it was, look before writing again
             self._mine = None
             self._until_s = 0.0
-            return
-        except ApiError as error:
-            log.warning("lease %s: %s; trying again", self._name, error)
+        except (ApiError, TimeoutError) as error:
+            log.warning("lease %s: %s; trying again", self._name, error or "no answer in time")
             self._mine = None
-            return
-        self._mine = written
-        self._until_s = sent_s + self._timing.renew_deadline_s
+        else:
+            if written is not None:
+                self._mine = written
+                self._until_s = sent_s + self._timing.renew_deadline_s
+
+    async def _step(self, now_s: float) -> Json | None:
+        """The Lease as this replica has written it; None where another holds it."""
+        lease = self._mine or await self._read()  # a leader knows its Lease: one request instead of two
+        step = judge(lease, self._seen, self.identity, now_s)
+        return None if step is Step.WAIT else await self._write(lease, step)
 
     async def _read(self) -> Json | None:
         try:

@@ -51,8 +51,10 @@ class Loop:
             group.create_task(self._census())
             group.create_task(self._reconcile())
 
-    def wake(self) -> None:
-        """Something outside of the World changed: this replica leads now, for example."""
+    def led(self, leads: bool) -> None:
+        """This replica leads now, or does not any more: then nothing is wanted of it."""
+        if not leads:
+            self._executor.want([])
         self._cache.dirty.set()
 
     async def _reconcile(self) -> None:
@@ -62,6 +64,8 @@ class Loop:
             dirty.clear()
             if self._leads():
                 self._once()
+            else:
+                self._executor.want([])
             try:
                 async with asyncio.timeout(TICK_S):
                     await dirty.wait()

@@ -130,7 +130,7 @@ async def _work(
     duration_s = options.lease_duration
     timing = Timing(duration_s, duration_s * 2 / 3, duration_s * 4 / 15)
     leader = Leader(
-        api, options.namespace, options.lease, options.identity, clock, timing, lambda _: cache.dirty.set()
+        api, options.namespace, options.lease, options.identity, clock, timing, lambda leads: loop.led(leads)
     )
     writes = Writes(api, daemonsets, options.identity, cache.seen, cache.gone)
     executor = Executor(writes, leader.leads, clock, rate=options.max_writes_per_second)
@@ -170,7 +170,8 @@ async def _crds(api: Api) -> None:
     for kind in (POLICIES, COLONODES):
         while True:
             try:
-                await api.metadata(kind)
+                async for _ in api.metadata(kind):
+                    pass
                 break
             except ApiError as error:
                 log.warning("waiting for the CRD of %s (crds/*.yaml): %s", kind.name, error)

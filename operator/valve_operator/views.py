@@ -15,6 +15,7 @@ from valve_api.errors import PolicyError
 from valve_api.load import policy_from
 from valve_api.names import ANNOTATION_WORKLOAD, LABEL_WORKLOAD, RESOURCE_OFFLINE_MEMORY, Workload
 from valve_api.policy import ColocationPolicy
+from valve_api.quantity import parse_quantity
 from valve_operator.world import (
     STARVATION_DELAY_S,
     ColonodeView,
@@ -165,12 +166,8 @@ def _said(condition: Raw) -> str:
 
 
 def _whole(value: object) -> int:
-    """An extended resource's quantity: a whole number, which the API server may write as 1k or 12e3."""
-    text = str(value or 0)
-    scale = 1
-    if text.endswith("k"):
-        text, scale = text[:-1], 1000
-    return int(float(text) * scale)
+    """An extended resource's amount: a whole number, which may be written as 1k, 1Ki or 12e3."""
+    return parse_quantity(str(value or 0))
 
 
 def _time(value: object) -> datetime | None:

@@ -75,6 +75,11 @@ class ReportView:
     reclaims: int = 0
     reported_at: datetime | None = None
 
+    @property
+    def says(self) -> tuple[int, bool, str, str]:
+        """All but the figures, which change with every report."""
+        return (self.observed_generation, self.ready, self.why, self.degraded)
+
 
 @dataclass(frozen=True, slots=True)
 class ColonodeView:
