@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from simulated import template
+from simulated_cluster import template
 
 from valve_operator import daemonsets
 from valve_operator.errors import TemplateError

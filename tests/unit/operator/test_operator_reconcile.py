@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from simulated import NOW, Cluster
+from simulated_cluster import NOW, Cluster
 
 from valve_api.names import LABEL_MANAGED
 from valve_api.node import ColocationNode

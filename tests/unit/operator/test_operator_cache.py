@@ -7,7 +7,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
-from simulated import Cluster
+from simulated_cluster import Cluster
 
 from valve_operator.api import Api, Kind
 from valve_operator.cache import Cache

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import pytest
-from simulated import Cluster
+from simulated_cluster import Cluster
 
 from valve_api.names import LABEL_STARVED
 from valve_operator.actions import Evict
