@@ -120,6 +120,23 @@ def _folders(folder: Path) -> list[str]:
         return []
 
 
+def members(cgroups: Path = Path("/sys/fs/cgroup"), proc: Path = Path("/proc")) -> dict[PodCgroup, set[int]]:
+    """Every container of this node -> its processes. By the cgroup folders where the host's are visible (a
+    few hundred reads), else by asking every process (an agent in a container sees all of those)."""
+    folders = containers(cgroups)
+    if folders:
+        return {place: processes(folder) for place, folder in folders.items()}
+    found: dict[PodCgroup, set[int]] = {}
+    for name in os.listdir(proc):
+        if name.isdecimal():
+            try:
+                place = of_process(int(name), proc)
+            except NotInPod:
+                continue
+            found.setdefault(place, set()).add(int(name))
+    return found
+
+
 def processes(folder: Path) -> set[int]:
     """Process ids in a cgroup and those below it; empty when it is gone. A process of another pid namespace
     reads as 0 and is left out: the agent needs the host's."""

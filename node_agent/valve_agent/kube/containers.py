@@ -84,6 +84,7 @@ class Containers:
         *,
         logs: Path = LOGS,
         cgroups: Path = Path("/sys/fs/cgroup"),
+        proc: Path = Path("/proc"),
         look_s: float = LOOK_S,
         changed: Callable[[], None] = lambda: None,
     ) -> None:
@@ -92,6 +93,7 @@ class Containers:
         self._lister = lister
         self._logs = logs
         self._cgroups = cgroups
+        self._proc = proc
         self._look_s = look_s
         self._changed = changed
         self._wake = threading.Event()
@@ -123,13 +125,13 @@ class Containers:
         links = names_in(self._logs)
         names: dict[PodCgroup, ContainerName] = {}
         roots: dict[PodCgroup, frozenset[int]] = {}
-        folders = cgroup.containers(self._cgroups)
+        offline = {name for name, allocation in allocations.items() if allocation.offline_units}
+        members = cgroup.members(self._cgroups, self._proc) if offline else {}
         for container_id, (uid, name) in links.items():
             place = PodCgroup(uid, container_id)
             names[place] = name
-            allocation = allocations.get(name)
-            if place in folders and allocation is not None and allocation.offline_units:
-                roots[place] = frozenset(_roots(cgroup.processes(folders[place])))
+            if name in offline and place in members:
+                roots[place] = frozenset(_roots(members[place]))
         view = View(allocations, names, roots, error, before.looks + 1)
         self.view = view
         if (view.allocations, view.names, view.roots) != (before.allocations, before.names, before.roots):

@@ -166,7 +166,7 @@ def _file(entry: Mapping[str, Any], field: str, path: Path) -> str | None:
     data = entry.get(f"{field}-data")
     if data:
         try:
-            return _in_memory(base64.b64decode(str(data)))
+            return _in_memory(base64.b64decode("".join(str(data).split()), validate=True))
         except ValueError as error:
             raise CredentialsError(f"{path}: {field}-data is not base64") from error
     named = entry.get(field)

@@ -43,16 +43,13 @@ class PodIdentity(LocalIdentity[Tenant]):
         limit_slabs: Callable[[Role, int], int],
         *,
         own_uid: int,
-        annotated_bytes: Callable[[ContainerName], int | None] = lambda _: None,
         proc: Path = Path("/proc"),
     ) -> None:
-        """`limit_slabs(role, bytes)`: most slabs under the settings in force. `annotated_bytes`: an exact
-        limit below the allocation's whole GiB; None: not known or not stated."""
+        """`limit_slabs(role, bytes)`: most slabs under the settings in force."""
         super().__init__(registry.launchers, own_uid)
         self._registry = registry
         self._containers = containers
         self._limit_slabs = limit_slabs
-        self._annotated_bytes = annotated_bytes
         self._proc = proc
         self._tenants: dict[Key, Tenant] = {}
 
@@ -91,7 +88,7 @@ class PodIdentity(LocalIdentity[Tenant]):
 
     def sync(self) -> None:
         """Once a second: every allocated container that runs is a tenant, attached or not; one that is gone
-        and has no processes left is none. Limits follow settings and annotations."""
+        and has no processes left is none. Limits follow the settings."""
         view = self._containers.view
         seen: set[Key] = set()
         for place, name in view.names.items():
@@ -121,7 +118,7 @@ class PodIdentity(LocalIdentity[Tenant]):
                 f"container {key.name} has both {RESOURCE_ONLINE_GPU} and {RESOURCE_OFFLINE_MEMORY}: request "
                 "one of them",
             )
-        limit = self._limit(key.name, role, allocation)
+        limit = self._limit_slabs(role, allocation.offline_bytes)
         tenant = self._tenants.get(key)
         if tenant is not None and tenant.id in self._registry.tenants:
             tenant.kept = True
@@ -131,13 +128,6 @@ class PodIdentity(LocalIdentity[Tenant]):
         tenant = self._registry.register_pod(self._name(key), role, limit, labels)
         self._tenants[key] = tenant
         return tenant
-
-    def _limit(self, name: ContainerName, role: Role, allocation: Allocation) -> int:
-        limit_bytes = allocation.offline_bytes
-        annotated = self._annotated_bytes(name) if role == Role.OFFLINE else None
-        if annotated is not None:
-            limit_bytes = min(limit_bytes, annotated)
-        return self._limit_slabs(role, limit_bytes)
 
     def _name(self, key: Key) -> str:
         """namespace/pod; with the container where the pod has several that Valve serves."""

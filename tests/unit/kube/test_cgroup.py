@@ -124,6 +124,15 @@ def test_the_folders_of_all_containers(tmp_path: Path, hierarchy: str) -> None:
     assert cgroup.containers(tmp_path) == folders
 
 
+def test_without_the_hosts_tree_every_process_is_asked(tmp_path: Path) -> None:
+    """An agent in a container sees all processes (hostPID), but not all cgroup folders."""
+    for pid, path in ((7, f"/kubepods/pod{UID}/{ID}"), (8, f"/kubepods/pod{UID}/{ID}/x"), (9, "/init.scope")):
+        (tmp_path / "proc" / str(pid)).mkdir(parents=True)
+        (tmp_path / "proc" / str(pid) / "cgroup").write_text(f"0::{path}\n")
+    (tmp_path / "proc" / "self").mkdir()
+    assert cgroup.members(tmp_path / "none", tmp_path / "proc") == {POD: {7, 8}}
+
+
 def test_processes_of_a_folder_and_those_below_it(tmp_path: Path) -> None:
     (tmp_path / "inner").mkdir()
     (tmp_path / "cgroup.procs").write_text("12\n0\n")

@@ -44,13 +44,11 @@ class Setup:
         self.node, self.kubelet, self.registry = Node(root), Kubelet(), Registry()
         self.containers = Containers(self.kubelet, logs=self.node.logs, cgroups=self.node.cgroups)
         self.slab_bytes = 1 << 28
-        self.annotated: dict[ContainerName, int] = {}
         self.identity = PodIdentity(
             self.registry,
             self.containers,
             lambda role, limit: 64 if role == Role.ONLINE else limit // self.slab_bytes,
             own_uid=os.getuid(),
-            annotated_bytes=self.annotated.get,
             proc=self.node.proc,
         )
         self.registry.offline_roots = self.identity.offline_roots
@@ -95,15 +93,6 @@ def test_two_containers_of_one_pod_are_two_tenants(setup: Setup) -> None:
     setup.kubelet.allocations[ContainerName("batch", "job-1", "second")] = Allocation(0, 1)
     setup.start_job()
     assert setup.identity.tenant_of(4242).name == "batch/job-1/main"
-
-
-def test_an_annotation_lowers_the_limit_and_never_raises_it(setup: Setup) -> None:
-    setup.annotated[JOB] = GIB + GIB // 2
-    setup.start_job()
-    assert setup.identity.tenant_of(4242).limit_slabs == 6
-    setup.annotated[JOB] = 99 * GIB
-    setup.identity.sync()
-    assert setup.identity.tenant_of(4242).limit_slabs == 8
 
 
 def test_new_settings_change_the_limits(setup: Setup) -> None:
