@@ -3,8 +3,9 @@
 
 Why it exists: the question "who has the GPU, and is offline running" wants an answer at a glance.
 
-On one machine it reads the agent's status socket, in a cluster the ColocationNode objects. On a terminal the
-screen renews itself until ^C; into a pipe, with --once or with -o json it is written once.
+On one machine it reads the agent's status socket, in a cluster (`kubectl valve top`, or --cluster) the
+ColocationNode objects, which agents write at most every five seconds. On a terminal the screen renews itself
+until ^C; into a pipe, with --once or with -o json it is written once.
 
 Threading model: one thread. Called by valve_cli.main and the kubectl plugin.
 """
@@ -25,18 +26,24 @@ from rich.console import Console
 from rich.live import Live
 
 from valve_agent import sockets
+from valve_agent.kube.api import Api, KubeError, NotFound
+from valve_cli import cluster
 from valve_cli.status import StatusError, read_status
 from valve_cli.top.screen import render
-from valve_cli.top.view import Screen, from_status
+from valve_cli.top.view import Screen, from_node, from_status
 
 INTERVAL_S = 1.0
 _MEASURE_S = 0.5
 """How far apart the two looks are that give `--once` its rates."""
 
 
-def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="valve top", description="Every device and its tenants, live.")
-    parser.add_argument("--socket", type=Path, metavar="PATH", help="the agent's socket, on one machine")
+def main(argv: list[str], prog: str = "valve top", in_cluster: bool = False) -> int:
+    parser = argparse.ArgumentParser(prog=prog, description="Every device and its tenants, live.")
+    if not in_cluster:
+        parser.add_argument("--socket", type=Path, metavar="PATH", help="the agent's socket, on one machine")
+        parser.add_argument("--cluster", action="store_true", help="all nodes of a cluster")
+    parser.add_argument("--node", metavar="NAME", help="in a cluster: only this node")
+    cluster.add_arguments(parser)
     parser.add_argument("--once", action="store_true", help="write it once, do not renew it")
     parser.add_argument(
         "--interval", type=float, default=INTERVAL_S, metavar="S", help="seconds between looks (default: 1)"
@@ -45,19 +52,21 @@ def main(argv: list[str]) -> int:
     arguments = parser.parse_args(argv)
     if arguments.interval <= 0:
         parser.error(f"--interval {arguments.interval}: give a positive number of seconds")
-    path = arguments.socket or sockets.default_path(os.environ, os.getuid())
     console = Console()
     live = not arguments.once and arguments.output == "text" and console.is_terminal
     try:
-        look = local_screens(path)
+        if in_cluster or arguments.cluster or arguments.kubeconfig or arguments.node:
+            look = cluster_screens(cluster.connect(arguments, os.environ), arguments.node)
+        else:
+            look = local_screens(arguments.socket or sockets.default_path(os.environ, os.getuid()))
         if live:
             renew(look, console, arguments.interval)
             return 0
         look()
         time.sleep(_MEASURE_S)
         write(look(), console, arguments.output)
-    except StatusError as error:
-        print(f"valve top: {error}", file=sys.stderr)
+    except (StatusError, KubeError) as error:
+        print(f"{prog}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 0
@@ -81,6 +90,27 @@ def local_screens(path: Path) -> Callable[[], Screen]:
     return look
 
 
+def cluster_screens(api: Api, node: str | None) -> Callable[[], Screen]:
+    """A function that reads the cluster's ColocationNodes, or one of them. Raises KubeError."""
+
+    def look() -> Screen:
+        if node is None:
+            found = cluster.items(api, cluster.NODES_PATH)
+        else:
+            try:
+                found = [api.get(f"{cluster.NODES_PATH}/{node}")]
+            except NotFound:
+                return Screen((), (f"{node}: no ColocationPolicy holds there (no such ColocationNode)",))
+        devices, problems = [], []
+        for one in sorted(found, key=lambda item: str(item["metadata"]["name"])):
+            of_node, wrong = from_node(one)
+            devices += of_node
+            problems += wrong
+        return Screen(tuple(devices), tuple(problems))
+
+    return look
+
+
 def renew(look: Callable[[], Screen], console: Console, interval_s: float) -> None:
     """Until ^C. An agent that goes away for a while is a line on the screen, not the end."""
     screen = look()
@@ -89,7 +119,7 @@ def renew(look: Callable[[], Screen], console: Console, interval_s: float) -> No
             time.sleep(interval_s)
             try:
                 screen = look()
-            except StatusError as error:
+            except (StatusError, KubeError) as error:
                 screen = Screen(screen.devices, (str(error),))
             live.update(render(screen), refresh=True)
 
