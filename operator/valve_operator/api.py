@@ -18,7 +18,15 @@ import aiohttp
 from kubernetes.aio import config
 from kubernetes.aio.client import ApiClient, Configuration
 
-from valve_api.names import API_VERSION, GROUP, PLURAL_NODE, PLURAL_POLICY, VERSION
+from valve_api.names import (
+    API_VERSION,
+    GROUP,
+    LABEL_WORKLOAD,
+    PLURAL_NODE,
+    PLURAL_POLICY,
+    VERSION,
+    Workload,
+)
 from valve_operator.errors import ApiError, ConfigError, error_of
 
 FIELD_MANAGER: Final = "valve-operator"
@@ -51,6 +59,8 @@ class Kind:
 
 NODES = Kind("Node", "v1", "nodes")
 POLICIES = Kind("ColocationPolicy", f"{GROUP}/{VERSION}", PLURAL_POLICY)
+PODS = Kind("Pod", "v1", "pods", selector=f"{LABEL_WORKLOAD}={Workload.OFFLINE}")
+"""Offline pods, as admission has labelled them."""
 COLONODES = Kind("ColocationNode", f"{GROUP}/{VERSION}", PLURAL_NODE)
 
 

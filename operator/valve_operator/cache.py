@@ -20,13 +20,12 @@ from dataclasses import replace
 from typing import Any
 
 from valve_operator import views
-from valve_operator.api import COLONODES, NODES, POLICIES, Api, Kind
+from valve_operator.api import COLONODES, NODES, PODS, POLICIES, Api, Kind
 from valve_operator.world import ColonodeView, World
 
 log = logging.getLogger(__name__)
 
 Json = dict[str, Any]
-PODS = Kind("Pod", "v1", "pods", selector="valve.io/workload=offline")
 WATCHED = (NODES, POLICIES, COLONODES, PODS)
 
 

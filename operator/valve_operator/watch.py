@@ -18,7 +18,8 @@ import kopf
 from kubernetes.aio.client import Configuration
 
 from valve_api.names import GROUP
-from valve_operator.cache import PODS, WATCHED, Cache
+from valve_operator.api import PODS
+from valve_operator.cache import WATCHED, Cache
 from valve_operator.webhook import Webhook
 
 SERVER_TIMEOUT_S: Final = 600
