@@ -65,7 +65,7 @@ def draw_board(board: Board, answers: Sequence[Sequence[Matrix]]) -> Figure:
     rows = max(place.y + place.height for _, place in placed)
     head, foot = 1.6, 1.3
     width, height = COLUMNS * CELL_INCHES[0], (rows + head + foot) * CELL_INCHES[1]
-    figure = pyplot.figure(figsize=(width, height))
+    figure: Figure = pyplot.figure(figsize=(width, height))
     total = rows + head + foot
     figure.text(0.008, 1 - 0.75 / total, board.title, size=15, weight="bold", color=INK, va="center")
     figure.text(0.19, 1 - 0.75 / total, board.description, size=10, color=MUTED, va="center")
@@ -126,6 +126,11 @@ def _panel(
     if panel.kind is Kind.STATES:
         _states(axes, series)
         return
+    if not series:
+        axes.set_axis_off()
+        text = "not in this run: the engine's own metrics" if panel.exporter != "agent" else "no data"
+        axes.text(0.5, 0.5, text, ha="center", va="center", size=9, color=MUTED)
+        return
     _curves(axes, panel, series)
     if series:
         columns = max(1, math.ceil(len(_names(series)) / lines)) if lines else 1
@@ -170,13 +175,16 @@ def _curves(axes: Axes, panel: Panel, series: Sequence[tuple[str, Any]]) -> None
         colours = [FIXED.get(name, COLOURS[index]) for index, (name, _, _) in enumerate(points)]
         axes.stackplot(times, stacks, labels=[name for name, _, _ in points], colors=colours, linewidth=0)
     else:
-        for index, (name, xs, ys) in enumerate(points):
-            colour = COLOURS[index % len(COLOURS)]
-            style = "--" if name.endswith(" wants") else "-"
-            axes.plot(xs, ys, style, color=colour, linewidth=1.4, label=name)
+        bases = list(dict.fromkeys(name.removesuffix(" wants") for name, _, _ in points))
+        for name, xs, ys in points:
+            base = name.removesuffix(" wants")
+            colour, wants = COLOURS[bases.index(base) % len(COLOURS)], base != name
+            axes.plot(
+                xs, ys, "--" if wants else "-", color=colour, linewidth=0.9 if wants else 1.5, label=name
+            )
     if panel.threshold is not None:
         axes.axhline(panel.threshold, color=BAD, linewidth=1, linestyle=(0, (4, 3)))
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.06 * axes.get_ylim()[1])
     if axes.get_ylim()[1] < 1e-9 or all(y == 0 for _, _, ys in points for y in ys if not math.isnan(y)):
         axes.set_ylim(0, 1)
     axes.margins(x=0)
@@ -184,10 +192,19 @@ def _curves(axes: Axes, panel: Panel, series: Sequence[tuple[str, Any]]) -> None
 
 
 def _ticks(axes: Axes, unit: Unit) -> None:
-    axes.yaxis.set_major_locator(pyplot.MaxNLocator(5))
+    top = axes.get_ylim()[1]
+    if unit is Unit.BYTES and top > 0:
+        axes.yaxis.set_major_locator(pyplot.MultipleLocator(2.0 ** math.ceil(math.log2(top / 5))))
+    else:
+        axes.yaxis.set_major_locator(pyplot.MaxNLocator(5))
     axes.yaxis.set_major_formatter(pyplot.FuncFormatter(lambda value, _: text_of(value, unit)))
     axes.xaxis.set_major_locator(pyplot.MultipleLocator(10))
-    axes.xaxis.set_major_formatter(pyplot.FuncFormatter(lambda value, _: f"{value:.0f} s"))
+    axes.xaxis.set_major_formatter(pyplot.FuncFormatter(_seconds))
+
+
+def _seconds(value: float, _position: int) -> str:
+    """No label at the origin, where the other axis has one."""
+    return f"{value:.0f} s" if value else ""
 
 
 def _states(axes: Axes, series: Sequence[tuple[str, Any]]) -> None:

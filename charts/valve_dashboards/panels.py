@@ -58,6 +58,8 @@ class Panel:
     queries: tuple[Query, ...]
     threshold: float | None = None
     """Above it the value is bad."""
+    exporter: str = "agent"
+    """Who serves the metrics: the agent, or an engine (`vllm`) that is scraped beside it."""
 
 
 @dataclass(frozen=True, slots=True)

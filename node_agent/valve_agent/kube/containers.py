@@ -101,8 +101,7 @@ class Containers:
         self._thread = threading.Thread(target=self._loop, name="valve-containers", daemon=True)
 
     def start(self) -> None:
-        """Look once, then go on in the thread."""
-        self.look()
+        """Nobody waits for the first look: the kubelet may be slow, and runtimes try again."""
         self._thread.start()
 
     def hurry(self) -> None:
@@ -139,13 +138,10 @@ class Containers:
 
     def _loop(self) -> None:
         while not self._closing:
-            hurried = self._wake.wait(self._look_s)
-            if self._closing:
-                return
-            if hurried:
-                self._wake.clear()
             self.look()
             time.sleep(HURRY_S)
+            self._wake.wait(self._look_s)
+            self._wake.clear()
 
 
 def _roots(members: set[int]) -> Iterable[int]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import subprocess
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -232,6 +233,10 @@ def test_an_unknown_process_makes_the_next_look_come_at_once(tmp_path: Path) -> 
     )
     slow.start()
     try:
+        deadline = time.monotonic() + 30
+        while slow.view.looks == 0:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
         setup.node.link("batch", "job-1", "main", UID, ID)
         setup.node.run(UID, ID, 4242)
         seen.clear()
