@@ -12,6 +12,7 @@ main.py, through surroundings.Surroundings.
 
 from __future__ import annotations
 
+import copy
 import sys
 import threading
 import time
@@ -36,6 +37,7 @@ from valve_agent.registry import Registry, Tenant
 from valve_agent.wire import Role
 from valve_api.errors import PolicyError
 from valve_api.load import problems_of
+from valve_api.model import REQUIRED, ApiModel, setting
 from valve_api.node import NodeSpec
 from valve_api.settings import EffectiveSettings, settings_from
 
@@ -49,22 +51,57 @@ SAY_WAITING_S = 30.0
 class Wanted:
     """One version of the spec: settings, or why it cannot be followed."""
 
+    uid: str
+    """Of the object: one that is made anew begins at generation 1 again."""
     generation: int
     settings: EffectiveSettings | None
     problem: str = ""
+    unknown: str = ""
+    """Fields that this version does not know, which are left out: the operator may be newer than we are."""
+
+
+class _Specified(ApiModel):
+    """The part of a ColocationNode that is ours to read: errors name fields as `spec.…`."""
+
+    spec: NodeSpec = setting(REQUIRED, what="Effective settings.")
 
 
 def wanted_of(node: Mapping[str, Any]) -> Wanted:
     """What a ColocationNode asks for."""
-    generation = int(node["metadata"].get("generation", 0))
+    uid, generation = version_of(node)
     source = f"ColocationNode {node['metadata'].get('name')}"
+    document = {"spec": copy.deepcopy(node.get("spec") or {})}
+    unknown = _without_unknown(document)
     try:
-        spec = NodeSpec.model_validate(node.get("spec") or {})
-        return Wanted(generation, settings_from(spec, spec.policy.name, source=source))
+        spec = _Specified.model_validate(document).spec
+        settings = settings_from(spec, spec.policy.name, source=source)
+        return Wanted(uid, generation, settings, unknown=unknown)
     except ValidationError as error:
-        return Wanted(generation, None, str(PolicyError(source, problems_of(error, NodeSpec))))
+        return Wanted(uid, generation, None, str(PolicyError(source, problems_of(error, _Specified))))
     except PolicyError as error:
-        return Wanted(generation, None, str(error))
+        return Wanted(uid, generation, None, str(error))
+
+
+def _without_unknown(document: dict[str, Any]) -> str:
+    """Take fields out that this version does not know, and name them."""
+    try:
+        _Specified.model_validate(document)
+    except ValidationError as error:
+        places = [one["loc"] for one in error.errors() if one["type"] == "extra_forbidden"]
+    else:
+        return ""
+    for place in places:
+        parent: Any = document
+        for step in place[:-1]:
+            parent = parent[step]
+        del parent[place[-1]]
+    return ", ".join(".".join(map(str, place)) for place in places)
+
+
+def version_of(node: Mapping[str, Any]) -> tuple[str, int]:
+    """(uid, generation): changes with the spec, and never with the status."""
+    metadata = node["metadata"]
+    return str(metadata.get("uid", "")), int(metadata.get("generation", 0))
 
 
 class KubernetesNode:
@@ -166,8 +203,8 @@ class KubernetesNode:
             return
         if self._wanted is None:
             self._conditions = (node.get("status") or {}).get("conditions") or []
-        generation = int(node["metadata"].get("generation", 0))
-        if self._wanted is None or self._wanted.generation != generation:
+        wanted = self._wanted
+        if wanted is None or (wanted.uid, wanted.generation) != version_of(node):
             self._wanted = wanted_of(node)
         self._arrived.set()
 
@@ -211,6 +248,9 @@ class KubernetesNode:
         wanted, following = self._wanted, self._following
         generation = following.generation if following else 0
         ready = ConditionValue("Ready", True, "Following", "")
+        if following is not None and following.unknown:
+            sentence = f"this agent is older than the operator and does not know {following.unknown}"
+            ready = ConditionValue("Ready", True, "FollowingInPart", sentence)
         if wanted is not None and wanted.problem:
             ready = ConditionValue("Ready", False, "SettingsRefused", wanted.problem)
         elif self._pending:
