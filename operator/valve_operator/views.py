@@ -27,7 +27,7 @@ from valve_operator.world import (
     ReportView,
 )
 
-ANNOTATION_DIGEST = "valve.io/template-digest"
+ANNOTATION_DIGEST = "operator.valve.io/template-digest"
 """On a DaemonSet of ours: sha256 of the manifest as it was applied."""
 
 Raw = Mapping[str, Any]

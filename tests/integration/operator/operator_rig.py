@@ -24,6 +24,7 @@ import yaml
 from e2e.cluster.control_plane import ControlPlane, free_ports
 from e2e.cluster.kubectl import Kubectl
 from e2e.cluster.programs import program
+from valve_operator.cases import Case
 
 Json = dict[str, Any]
 ROOT = Path(__file__).resolve().parents[3]
@@ -243,3 +244,22 @@ class Replica:
 
 def names(kubectl: Kubectl, *what: str) -> set[str]:
     return {entry["metadata"]["name"] for entry in kubectl.get(*what)["items"]}
+
+
+def as_kubernetes_wants(case: Case) -> dict[str, Any]:
+    """The pod with what the API server itself demands, so that only Valve can refuse it."""
+    pod = case.pod()
+    pod["metadata"]["name"] = "case"
+    for container in pod["spec"]["containers"]:
+        container["image"] = "x"
+        mounts = [mount["name"] for mount in container.get("volumeMounts", [])]
+        if mounts:
+            pod["spec"]["volumes"] = [{"name": name, "emptyDir": {}} for name in mounts]
+    return pod
+
+
+def create(installed: Installed, pod: dict[str, Any]) -> dict[str, Any]:
+    """What the API server would store. Raises Refused."""
+    text = installed.kubectl("create", "--dry-run=server", "-o", "json", "-f", "-", stdin=json.dumps(pod))
+    made: dict[str, Any] = json.loads(text)
+    return made

@@ -52,7 +52,13 @@ class Rig:
         self.now_s = 100.0
         self.leading = True
         self.writes = Recorder()
-        self.executor = Executor(self.writes, lambda: self.leading, lambda: self.now_s, rate=1e9, **settings)  # type: ignore[arg-type]
+        self.asked = 0
+        given = {"rate": 1e9, **settings}
+        self.executor = Executor(self.writes, self.leads, lambda: self.now_s, **given)  # type: ignore[arg-type]
+
+    def leads(self) -> bool:
+        self.asked += 1
+        return self.leading
 
     async def turn(self, times: int = 200) -> None:
         for _ in range(times):
@@ -119,8 +125,20 @@ def test_nothing_is_done_without_the_lead() -> None:
         rig.executor.want(labels("a"))
         await rig.turn()
         assert rig.writes.done == []
+        assert rig.asked < 50, "it waits for the lead, it does not spin"
 
     Rig().play(story)
+
+
+def test_what_waits_for_its_turn_is_dropped_when_it_is_no_longer_wanted() -> None:
+    async def story(rig: Rig) -> None:
+        rig.executor.want(labels("a", "b"))
+        await rig.turn()
+        rig.executor.want([])
+        await asyncio.sleep(0.1)
+        assert rig.writes.done == ["a"]
+
+    Rig(rate=20).play(story)
 
 
 FAILURES = [

@@ -111,6 +111,40 @@ def test_a_refused_policy_keeps_its_nodes_as_they_are() -> None:
     assert set(cluster.daemonsets) == {"valve-agent", "valve-device-plugin"}
 
 
+def test_the_only_policy_refused_leaves_everything_running() -> None:
+    cluster = two_nodes()
+    cluster.add_policy("fleet")
+    cluster.settle()
+    cluster.change_policy("fleet", memory={"slabSize": "3Mi"})
+    cluster.settle()
+    assert set(cluster.daemonsets) == {"valve-agent", "valve-device-plugin"}
+    assert set(cluster.colonodes) == {"a", "b"}
+    assert cluster.nodes["a"]["metadata"]["labels"][LABEL_MANAGED] == "true"
+
+
+def test_a_node_made_again_under_its_name_owns_its_settings() -> None:
+    cluster = two_nodes()
+    cluster.add_policy("fleet")
+    cluster.settle()
+    cluster.add_node("b")
+    cluster.settle()
+    (owner,) = cluster.colonodes["b"]["metadata"]["ownerReferences"]
+    assert owner["uid"] == cluster.nodes["b"]["metadata"]["uid"]
+
+
+def test_settings_of_an_older_policy_do_not_count_as_followed() -> None:
+    """The policy has changed, and the write to this node has not been done yet."""
+    cluster = two_nodes()
+    cluster.add_policy("fleet")
+    cluster.settle()
+    for name in ("a", "b"):
+        cluster.report(name)
+    cluster.settle()
+    cluster.change_policy("fleet", compute={"lease": "1s"})
+    (status,) = [action for action in cluster.missing() if isinstance(action, WriteStatus)]
+    assert status.status["readyNodes"] == 0
+
+
 def test_a_policy_refused_from_the_start_installs_nothing() -> None:
     cluster = two_nodes()
     cluster.add_policy("fleet", memory={"slabSize": "3Mi"})
