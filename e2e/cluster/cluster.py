@@ -5,8 +5,8 @@
         cluster.load_image(tar)
         cluster.kubectl.apply(Path("pod.yaml"))
 
-Needs root (namespaces, mounts, cgroups). Ready in about eight seconds; a pod runs one second later. Nothing of
-it outlives the test, even if that is killed.
+Needs root (namespaces, mounts, cgroups). Ready in about eight seconds; a pod runs one second later. Nothing
+of it outlives the test, even if that is killed.
 """
 
 from __future__ import annotations

@@ -166,6 +166,11 @@ class ControlPlane:
         connection.close()
         return False
 
+    def restart_apiserver(self) -> None:
+        """Start the apiserver again after `apiserver.stop()`; returns when it serves."""
+        self.apiserver.restart()
+        self.apiserver.until("it was ready", self.ready)
+
     def service_account(self, namespace: str, name: str) -> Kubectl:
         """A Kubectl that has exactly the rights of an existing service account, by a real token of it."""
         token = self.kubectl("create", "token", name, "-n", namespace, "--duration=2h").strip()

@@ -34,6 +34,12 @@ SETTINGS = {
     "kernel/keys/root_maxbytes": 25_000_000,
 }
 """What the kubelet would set for the whole machine (pkg/kubelet/cm/container_manager_linux.go)."""
+CLEAR = """
+awk '$5 ~ "^/(run|var/lib/kubelet)/" { print $5 }' /proc/self/mountinfo | sort -r | xargs -r umount -l
+find /run -mindepth 1 -delete
+mkdir /run/lock
+"""
+"""What a reboot does to mounts and to /run, which is in memory on a real node."""
 CONTAINERD_SOCKET = "/run/containerd/containerd.sock"
 CONTAINERD_CONFIG = """\
 version = 3
@@ -176,7 +182,8 @@ class Node:
 
     def ctr(self, *arguments: str) -> str:
         address = ("--address", CONTAINERD_SOCKET, "--namespace", "k8s.io")
-        return self.supervisor.run([program("ctr", "containerd"), *address, *arguments])
+        said = self.supervisor.run([program("ctr", "containerd"), *address, *arguments])
+        return "".join(line for line in said.splitlines(True) if not line.startswith('time="'))  # its log
 
     def stop_kubelet(self) -> None:
         """As a package upgrade does; pods go on."""
@@ -188,4 +195,17 @@ class Node:
 
     def restart_kubelet(self) -> None:
         self.stop_kubelet()
+        self.start_kubelet()
+
+    def reboot(self) -> None:
+        """End every process and mount of the node, empty /run, start containerd and the kubelet again.
+
+        What a test runs on the node besides is gone; it starts that again itself.
+        """
+        self.supervisor.run(["sh", "-c", "kill -9 -1"])
+        for running in (self.containerd, self.kubelet):
+            running.wait(10)
+        self.supervisor.run(["sh", "-c", CLEAR])
+        self.containerd.restart()
+        self.containerd.until("its socket was there", self.path(CONTAINERD_SOCKET).exists)
         self.start_kubelet()

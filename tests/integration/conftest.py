@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,16 @@ from e2e.cluster.control_plane import ControlPlane
 from e2e.cluster.errors import MissingError
 
 ROOT = Path(__file__).resolve().parents[2]
+FOLDER = Path(__file__).parent
 CRDS = ROOT / "crds"
+started = ExitStack()
+"""Ends with the lane's last test: an idle apiserver would disturb the lanes that measure."""
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    if nextitem is None or not nextitem.path.is_relative_to(FOLDER):
+        started.close()
 
 
 @pytest.fixture(scope="session")
@@ -25,6 +35,7 @@ def control_plane() -> Iterator[ControlPlane]:
         plane = ControlPlane(controllers=True)
     except MissingError as error:
         pytest.skip(str(error))
+    started.callback(plane.close)
     with plane:
         for path in sorted(CRDS.glob("*.yaml")):
             plane.kubectl.apply(path)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import tarfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from typing import Any
 
 from e2e.cluster.errors import BuildError
 
-COPIED_BYTES = 1 << 20
+MACHINES = {"x86_64": "amd64", "aarch64": "arm64"}
 
 
 @dataclass(frozen=True)
@@ -94,22 +95,38 @@ def _digest(path: Path) -> str:
 
 
 def write(path: Path, name: str, layers: list[Path], config: Config) -> Path:
-    """Write the image `name` (`registry/repository:tag`) of uncompressed layers, atomically."""
-    if ":" not in name.rsplit("/", 1)[-1]:
-        raise BuildError(f"the image name {name} has no tag: write {name}:TAG")
-    digests = [_digest(layer) for layer in layers]
-    described = json.dumps({
-        "architecture": "amd64", "os": "linux", "config": config.json(),
-        "rootfs": {"type": "layers", "diff_ids": [f"sha256:{digest}" for digest in digests]},
-    }).encode()  # fmt: skip
-    config_name = hashlib.sha256(described).hexdigest() + ".json"
-    members = [f"{digest}.tar" for digest in digests]
-    manifest = [{"Config": config_name, "RepoTags": [name], "Layers": members}]
+    """Write one image; as `write_all`."""
+    return write_all(path, {name: (layers, config)})
+
+
+def write_all(path: Path, images: Mapping[str, tuple[list[Path], Config]]) -> Path:
+    """Write images (`registry/repository:tag` -> uncompressed layers, config) into one archive, atomically.
+
+    Layers that several images share are written once.
+    """
+    digests: dict[Path, str] = {}
+    described: dict[str, bytes] = {}
+    manifest = []
+    for name, (layers, config) in images.items():
+        if ":" not in name.rsplit("/", 1)[-1]:
+            raise BuildError(f"the image name {name} has no tag: write {name}:TAG")
+        for layer in layers:
+            if layer not in digests:
+                digests[layer] = _digest(layer)
+        document = json.dumps({
+            "architecture": MACHINES.get(os.uname().machine, os.uname().machine), "os": "linux",
+            "config": config.json(),
+            "rootfs": {"type": "layers", "diff_ids": [f"sha256:{digests[layer]}" for layer in layers]},
+        }).encode()  # fmt: skip
+        config_name = hashlib.sha256(document).hexdigest() + ".json"
+        described[config_name] = document
+        members = [f"{digests[layer]}.tar" for layer in layers]
+        manifest.append({"Config": config_name, "RepoTags": [name], "Layers": members})
     fresh = path.with_name(f".{path.name}.fresh")
     with tarfile.open(fresh, "w") as tar:
-        for layer, member_name in zip(layers, members, strict=True):
-            tar.add(layer, member_name, filter=_plain)
-        for member_name, data in ((config_name, described), ("manifest.json", json.dumps(manifest).encode())):
+        for layer, digest in digests.items():
+            tar.add(layer, f"{digest}.tar", filter=_plain)
+        for member_name, data in (*described.items(), ("manifest.json", json.dumps(manifest).encode())):
             member = tarfile.TarInfo(member_name)
             member.size = len(data)
             tar.addfile(member, io.BytesIO(data))
