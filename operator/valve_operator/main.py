@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import kopf
 from kubernetes.aio.client import Configuration
@@ -151,16 +152,20 @@ async def _work(
         group.create_task(executor.run())
         group.create_task(loop.run())
         group.create_task(leader.run())
-        group.create_task(_kopf(cache, made, webhook, stopping))
+        group.create_task(_kopf(cache, made, webhook, options.identity, stopping))
 
 
-async def _kopf(cache: Cache, made: Configuration, webhook: Webhook | None, stopping: asyncio.Event) -> None:
+async def _kopf(
+    cache: Cache, made: Configuration, webhook: Webhook | None, identity: str, stopping: asyncio.Event
+) -> None:
     """kopf takes the signals for itself and returns when one came; where it fails, it raises."""
     await kopf.operator(
         registry=watch.registry(cache, made, webhook),
         settings=watch.settings(webhook),
         standalone=True,
         clusterwide=True,
+        # kopf would make one of the user's name, and an image need not know the name of its uid
+        identity=cast(Any, identity),
     )
     stopping.set()
 
