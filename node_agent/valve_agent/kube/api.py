@@ -98,6 +98,7 @@ class Api:
         self._timeout_s = timeout_s
         self._idle: list[http.client.HTTPConnection] = []
         self._lock = threading.Lock()
+        self._closed = False
 
     def get(self, path: str, query: Mapping[str, str] | None = None) -> dict[str, Any]:
         return self._call("GET", path, query)
@@ -133,7 +134,9 @@ class Api:
             connection.close()
 
     def close(self) -> None:
+        """Close idle connections, and those in use as soon as their request is over."""
         with self._lock:
+            self._closed = True
             for connection in self._idle:
                 connection.close()
             self._idle.clear()
@@ -164,10 +167,10 @@ class Api:
                 ):
                     continue  # the server had closed it while it was idle: nothing was done yet
                 raise self._unavailable(error) from error
-        if response.will_close:
-            connection.close()
-        else:
-            with self._lock:
+        with self._lock:
+            if response.will_close or self._closed:
+                connection.close()
+            else:
                 self._idle.append(connection)
         if response.status >= 400:
             raise _refusal(response.status, answer)

@@ -20,7 +20,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -137,11 +137,15 @@ class Containers:
             self._changed()
 
     def _loop(self) -> None:
-        while not self._closing:
-            self.look()
-            time.sleep(HURRY_S)
-            self._wake.wait(self._look_s)
-            self._wake.clear()
+        try:
+            while not self._closing:
+                self.look()
+                time.sleep(HURRY_S)
+                self._wake.wait(self._look_s)
+                self._wake.clear()
+        finally:  # an error of ours: its traceback is on stderr, and metrics must not say that all is well
+            error = "" if self._closing else "nobody looks for pods any more; restart the agent"
+            self.view = replace(self.view, error=error)
 
 
 def _roots(members: set[int]) -> Iterable[int]:

@@ -21,6 +21,7 @@ from typing import Any
 from valve_agent.kube.api import Api, KubeError
 from valve_api.names import API_VERSION, PLURAL_NODE
 from valve_api.node import TENANTS_MAX
+from valve_api.quantity import format_quantity
 
 MIN_S = 5.0
 HEARTBEAT_S = 30.0
@@ -77,9 +78,9 @@ def gpu_of(document: Mapping[str, Any], recovery_s: float) -> dict[str, Any]:
     ]
     return {
         "id": document["device"],
-        "memory": quantity(slabs["total"] * each),
-        "free": quantity(max(0, slabs["free"]) * each),
-        "reservation": quantity(slabs["reservation"] * each),
+        "memory": format_quantity(slabs["total"] * each),
+        "free": format_quantity(max(0, slabs["free"]) * each),
+        "reservation": format_quantity(slabs["reservation"] * each),
         "route": "agent",
         "paused": document["offline_paused"],
         "pausedReason": reason,
@@ -90,7 +91,7 @@ def gpu_of(document: Mapping[str, Any], recovery_s: float) -> dict[str, Any]:
         },
         "preemptions": document["gate"]["samples"],
         "reclaims": document["reclaims"]["total"],
-        "reclaimed": quantity(document["reclaims"]["bytes_in_use"]),
+        "reclaimed": format_quantity(document["reclaims"]["bytes_in_use"]),
     }  # fmt: skip
 
 
@@ -113,16 +114,10 @@ def _tenant(name: str, tenant: Mapping[str, Any], each: int, open_gate: bool) ->
         "name": name[:NAME_MAX],
         "workload": tenant["role"],
         "processes": len(tenant["processes"]),
-        "memory": quantity(tenant["held_slabs"] * each),
-        "limit": quantity(tenant["limit_slabs"] * each),
+        "memory": format_quantity(tenant["held_slabs"] * each),
+        "limit": format_quantity(tenant["limit_slabs"] * each),
         "busy": busy if online else open_gate and bool(tenant["processes"]),
     }
-
-
-def quantity(size_bytes: int) -> str:
-    from valve_api.quantity import format_quantity
-
-    return format_quantity(size_bytes)
 
 
 def status_of(

@@ -44,6 +44,12 @@ class ObjectWatch:
         self._closing.set()
 
     def _loop(self) -> None:
+        try:
+            self._follow()
+        finally:  # an error of ours: its traceback is on stderr, and metrics must not say that all is well
+            self.error = "the watch has ended; restart the agent, and report what its log says"
+
+    def _follow(self) -> None:
         wait_s = RETRY_S[0]
         while not self._closing.is_set():
             try:

@@ -220,6 +220,21 @@ def test_trouble_is_waited_out(fake: Fake, client: Api, monkeypatch: pytest.Monk
     assert follow(fake, client, script, lambda seen: "6" in seen) == [None, "6"]
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_watch_that_ends_by_an_error_of_ours_says_so(fake: Fake, client: Api) -> None:
+    fake.script = [listing("5", item("4"))]
+
+    def broken(found: dict[str, Any] | None) -> None:
+        raise RuntimeError("a mistake")
+
+    watch = ObjectWatch(client, "/nodes", "n1", broken)
+    watch.start()
+    deadline = time.monotonic() + 30
+    while "has ended" not in watch.error:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 def test_the_error_is_told_while_nothing_can_be_heard(
     fake: Fake, client: Api, monkeypatch: pytest.MonkeyPatch
 ) -> None:
