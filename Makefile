@@ -13,7 +13,7 @@ PY     := build/venv/bin/python
 LANES  := unit native integration engines e2e gpu
 
 .DEFAULT_GOAL := help
-.PHONY: help deps runtime engines lint test demo clean $(LANES)
+.PHONY: help deps runtime engines cluster lint test demo clean $(LANES)
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
@@ -31,6 +31,10 @@ build/engines build/model: constraints/engines.txt runtime/engines/build_env.py 
 	@$(PY) runtime/engines/build_env.py --cache $(CACHE) --link build/engines
 	@build/engines/bin/python runtime/engines/model.py --cache $(CACHE) --link build/model
 
+cluster: build/venv/ready  ## a real Kubernetes for the tests: built once, about eight minutes, then cached
+	@sh tools/cluster-deps.sh
+	@$(PY) -m e2e.cluster.build --cache $(CACHE) --link build/cluster
+
 demo: runtime build/engines  ## watch an online and an offline engine share one device
 	$(PY) -m valve_cli.main demo --out out/demo $(DEMO_ARGS)
 
@@ -40,18 +44,18 @@ lint: build/venv/ready  ## ruff, mypy --strict, import layers
 	$(PY) -m mypy
 	$(PY) -c 'from importlinter.cli import lint_imports_command as c; c()'
 
-test: lint runtime build/engines  ## lint and every lane
+test: lint runtime build/engines cluster  ## lint and every lane
 	$(PY) -m pytest
 
 unit: build/venv/ready  ## tests: pure code
 	$(PY) -m pytest -m unit
 native: runtime  ## tests: libvalve, sanitizers, fuzzing
 	$(PY) -m pytest -m native
-integration: runtime  ## tests: a real agent with real runtimes
+integration: runtime cluster  ## tests: a real agent with real runtimes, a real Kubernetes API
 	$(PY) -m pytest -m integration
 engines: runtime build/engines  ## tests: real vLLM and transformers engines on the cpu device
 	$(PY) -m pytest -m engines
-e2e: runtime build/engines  ## tests: whole user stories
+e2e: runtime build/engines cluster  ## tests: whole user stories
 	$(PY) -m pytest -m e2e
 gpu:  ## tests: qualification on a real GPU; PARTS=e1,e4 for some. Needs nvcc and python3, no environment
 	@if [ -e /dev/nvidiactl ]; then $(PYTHON) e2e/gpu/qualify.py --parts $(or $(PARTS),all) $(if $(SCALE),--scale $(SCALE)) $(GPU_ARGS); \

@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     handler = {
         "agent": _agent, "run": _run, "demo": _demo, "bench": _bench, "policy": _policy, "status": _status,
-        "doctor": _doctor,
+        "doctor": _doctor, "top": _top, "explain": _explain, "drain-offline": _drain,
     }.get(arguments[0] if arguments else "")  # fmt: skip
     if handler is not None:
         return handler(arguments[1:])
@@ -48,6 +48,9 @@ def _help() -> argparse.ArgumentParser:
         ("agent", "the node agent: decides who computes and who has which memory"),
         ("run", "start a command as an online or offline tenant"),
         ("status", "what the agent knows now"),
+        ("top", "every device and its tenants, live"),
+        ("explain", "in a cluster: why is a pod paused, pending or refused"),
+        ("drain-offline", "in a cluster: evict the offline pods of a node"),
         ("policy", "check a ColocationPolicy file"),
         ("doctor", "which device and route this machine gives, and what is missing"),
         ("bench", f"measure: {', '.join(_BENCHES)}"),
@@ -83,6 +86,18 @@ def _status(argv: list[str]) -> int:
     from valve_cli import status
 
     return status.main(argv)
+
+
+def _top(argv: list[str]) -> int:
+    return _delegate("valve_cli.top.main", argv)
+
+
+def _explain(argv: list[str]) -> int:
+    return _delegate("valve_cli.explain_main", argv)
+
+
+def _drain(argv: list[str]) -> int:
+    return _delegate("valve_cli.drain", argv)
 
 
 def _policy(argv: list[str]) -> int:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes what is derived from the models: crds/*.yaml and docs/policy.md.
+"""Writes what is derived from the models: crds/*.yaml, their copies in the chart, and docs/policy.md.
 
     python -m valve_api.generate            write the files
     python -m valve_api.generate --check    exit 1 and name the files that are out of date
@@ -64,6 +64,10 @@ RESOURCES = (
             Column("Nodes", ".status.nodes", "integer"),
             Column("Current", ".status.readyNodes", "integer", description="Nodes that follow the policy."),
             Column("GPUs", ".status.gpus", "integer"),
+            Column("P99 us", ".status.worstP99Us", "integer", description="Worst p99 preemption latency."),
+            Column("Preemptions", ".status.preemptions", "integer"),
+            Column("Reclaims", ".status.reclaims", "integer"),
+            Column("Priority", ".spec.priority", "integer", wide=True),
             Column("Route", ".spec.compute.route", wide=True),
             Column("Slab", ".spec.memory.slabSize", wide=True),
             Column("Reason", '.status.conditions[?(@.type=="Ready")].message', wide=True),
@@ -144,7 +148,11 @@ def crd_yaml(resource: Resource) -> str:
 
 def outputs() -> dict[str, str]:
     """Every derived file, by its path in the repository."""
-    files = {f"crds/{names.GROUP}_{resource.plural}.yaml": crd_yaml(resource) for resource in RESOURCES}
+    files = {
+        f"{folder}/{names.GROUP}_{resource.plural}.yaml": crd_yaml(resource)
+        for resource in RESOURCES
+        for folder in ("crds", "charts/valve/files/crds")  # Helm reads no file outside its chart
+    }
     files["docs/policy.md"] = policy_reference()
     return files
 

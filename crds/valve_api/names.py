@@ -26,6 +26,16 @@ ANNOTATION_WORKLOAD = f"{GROUP}/workload"
 ANNOTATION_GPU_MEMORY = f"{GROUP}/gpu-memory"
 """On an offline pod: most device memory it may hold, a quantity such as 24Gi."""
 
+ANNOTATION_CONTAINER = f"{GROUP}/container"
+"""On a pod of several containers: the one that holds the engine, and so gets the resource."""
+
+LABEL_WORKLOAD = ANNOTATION_WORKLOAD
+"""On an annotated pod, given by admission: annotations cannot be selected."""
+LABEL_MANAGED = f"{GROUP}/managed"
+"""On a node that a policy holds on, `true`: where the DaemonSets of agent and device plugin run."""
+LABEL_STARVED = f"{GROUP}/starved"
+"""On a node whose offline pods have been paused longer than the policy allows, `true`."""
+
 RESOURCE_ONLINE_GPU = f"{GROUP}/online-gpu"
 """Extended resource: online seats, one per GPU."""
 RESOURCE_OFFLINE_MEMORY = f"{GROUP}/offline-memory-gib"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import StringConstraints
+from pydantic import AwareDatetime, StringConstraints
 
 from valve_api.meta import Condition, ObjectMeta
 from valve_api.model import REQUIRED, ApiModel, setting
@@ -87,6 +87,12 @@ class NodeStatus(ApiModel):
 
     observed_generation: int = setting(0, what="metadata.generation that this status speaks of.", ge=0)
     conditions: list[Condition] = setting(list, what="Ready, Degraded.", list_key="type", max_length=16)
+    reported_at: AwareDatetime | None = setting(
+        None,
+        what="When the agent wrote this status. It writes at least every 30s; after 90s the operator calls "
+        "it silent and the node no longer ready.",
+        unit="time",
+    )
     agent_version: Text = setting("", what="Version of the agent.")
     gpus: list[GpuStatus] = setting(list, what="One entry per GPU.", list_key="id", max_length=GPUS_MAX)
     gpu_count: int = setting(0, what="Length of gpus, for kubectl get.", unit="count", ge=0)

@@ -251,10 +251,11 @@ class Offline(ApiModel):
     )
     starvation_delay: Annotated[Duration, time_between("1s", "24h")] = setting(
         Duration("10m"),
-        what="An offline pod that stayed paused this long without a break is moved to another node.",
+        what="An offline pod that stayed paused this long without a break is evicted, where another node of "
+        "Valve has room for it and is not starved itself. Its disruption budget is honoured. Without "
+        "Kubernetes nothing is moved.",
         why="long enough to sit out a burst, short enough that a batch job does not lose an hour.",
         unit="time",
-        reserved=True,
     )
     default_weight: Weight = setting(
         100,
@@ -345,23 +346,46 @@ class PolicySpec(Settings):
     node_selector: dict[LabelKey, LabelValue] = setting(
         dict,
         what="Labels a node must have, all of them, for this policy to hold on it.",
-        why="empty selects every node; the oldest policy wins where two select the same node.",
+        why="empty selects every node; priority says who wins where two policies select the same node.",
         unit="labels",
         max_length=32,
+    )
+    priority: Count = setting(
+        0,
+        what="Where several policies select a node, the one with the highest priority holds on it; among "
+        "equals the oldest, then the first by name. The others say so in their condition Overlapping.",
+        why="with 0 everywhere a new policy takes no node away from an old one.",
+        unit="count",
+        ge=-1000,
+        le=1000,
     )
 
 
 class PolicyStatus(ApiModel):
     """What the operator made of the policy.
 
-    Conditions: Accepted (the spec can take effect), Ready (it has).
+    Conditions: Accepted (the spec can take effect), Ready (it has, on every node), Overlapping (another
+    policy holds on nodes that it selects), Starving (offline pods that nobody can move), Degraded (a promise
+    is at risk on a node).
     """
 
     observed_generation: int = setting(0, what="metadata.generation that this status speaks of.", ge=0)
-    conditions: list[Condition] = setting(list, what="Accepted, Ready.", list_key="type", max_length=16)
+    conditions: list[Condition] = setting(
+        list, what="Accepted, Ready, Overlapping, Starving, Degraded.", list_key="type", max_length=16
+    )
     nodes: int = setting(0, what="Nodes that the policy holds on.", unit="count", ge=0)
     ready_nodes: int = setting(0, what="Of them, nodes whose agent follows the policy.", unit="count", ge=0)
     gpus: int = setting(0, what="GPUs of those nodes.", unit="count", ge=0)
+    worst_p99_us: int = setting(0, what="Largest preemptLatency.p99Us of those GPUs.", unit="µs", ge=0)
+    preemptions: int = setting(
+        0,
+        what="Times offline was stopped for online, as the agents count since they started.",
+        unit="count",
+        ge=0,
+    )
+    reclaims: int = setting(
+        0, what="Times memory in use was taken from offline, counted likewise.", unit="count", ge=0
+    )
 
 
 class ColocationPolicy(ApiModel):

@@ -32,6 +32,7 @@ from valve_agent.registry import Link, Memory, Process, Registry, Scan, Tenant
 from valve_agent.server import Server
 from valve_agent.shared import Ledger, LedgerCopy, Page, SharedMemoryError, ledger_bytes
 from valve_agent.slab_moves import SlabMoves
+from valve_agent.usage import Usage
 from valve_agent.wire import RejectCode, Role, bits
 
 SCAN_NS = 1_000_000_000
@@ -89,6 +90,7 @@ class Agent:
         """Offline is paused and evicted until as many releases."""
         self._strangers = ""
         """`asked` or `held`: offline gets no compute, because somebody unknown uses the device."""
+        self.usage = Usage(self.started_ns)
         self.retired: dict[str, dict[str, int]] = {}
         """Tenant -> counters of processes that are gone."""
         self.closing = False
@@ -401,6 +403,7 @@ class Agent:
             return
         process.link = None
         process.lost_ns = self._clock()
+        self.usage.engine_gone(link.connection, process.lost_ns)
         self._retire(process.tenant, link.page)
         link.page.close()
         os.close(link.page_fd)
@@ -586,6 +589,7 @@ class Agent:
         except GateDied as error:
             raise AgentFailed(str(error)) from error
         for event in happened:
+            self.usage.on_event(event)
             name = str(event.pop("event"))
             conn = event.pop("conn", None)
             process = self._by_connection.get(conn) if conn is not None else None

@@ -432,6 +432,13 @@ class Gate:
     def _do_ready(self) -> None:
         """Nothing to do: the answer says that the loop runs."""
 
+    def _do_settings(self, *numbers: float) -> None:
+        """Tenants keep the lease of their WELCOME, so the shortest one is kept to."""
+        wanted = GateSettings._make(numbers)
+        self._policy.set_cooldown(wanted.cooldown_factor, wanted.cooldown_min_ns, wanted.cooldown_max_ns)
+        self._settings = wanted._replace(lease_ns=min(wanted.lease_ns, self._settings.lease_ns))
+        self._beat_every_ns = self._settings.lease_ns // 4
+
     def _do_engine(self, conn: int, pid: int, page_fd: int) -> None:
         page = self._map_page(conn, page_fd)
         engine = self._engines[conn] = _Engine(conn, pid, page)

@@ -124,6 +124,10 @@ class GateHandle:
     def pid(self) -> int:
         return self._process.pid
 
+    def change(self, settings: GateSettings) -> None:
+        """Other settings from now on; recovery_grace_ns matters only at the start."""
+        self._call("settings", settings)
+
     # -- who is there ----------------------------------------------------------------------
 
     def add_engine(self, conn: int, pid: int, page_fd: int) -> None:
@@ -252,10 +256,10 @@ class GateHandle:
         self._stats.close()
         os.close(self.doorbell_fd)
 
-    def _call(self, name: str, arguments: tuple[int, ...], *fds: int) -> None:
+    def _call(self, name: str, arguments: tuple[float, ...], *fds: int) -> None:
         with self._control_lock:
             try:
-                socket.send_fds(self._control, [marshal.dumps((name, arguments))], list(fds))
+                socket.send_fds(self._control, [marshal.dumps((name, tuple(arguments)))], list(fds))
                 if not select.select([self._control], [], [], _ANSWER_TIMEOUT_S)[0]:
                     raise GateDied(f"the gate has not answered for {_ANSWER_TIMEOUT_S} s; restart the agent")
                 data = self._control.recv(MESSAGE_BYTES)

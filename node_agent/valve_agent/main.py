@@ -28,26 +28,29 @@ from valve_agent.devices.base import DeviceError
 from valve_agent.devices.cpu.kernel import set_slice
 from valve_agent.devices.cpu.memory import CpuMemoryPool
 from valve_agent.events import EventLog
-from valve_agent.gate_link import GateDied, GateError, GateHandle, GateSettings
+from valve_agent.gate_link import GateDied, GateError, GateHandle
 from valve_agent.gpu_watch import GpuWatch
-from valve_agent.identity import LocalIdentity
+from valve_agent.live import gate_settings
 from valve_agent.parts import cpu_parts, nvidia_parts
 from valve_agent.policy.reservation import Reservation
 from valve_agent.pool import Pool
-from valve_agent.registry import Registry, Tenant
+from valve_agent.registry import Registry
 from valve_agent.server import Server
 from valve_agent.status import StatusSocket, snapshot
+from valve_agent.surroundings import OneMachine, Surroundings
 from valve_api.errors import PolicyError
-from valve_api.load import load_policy
 from valve_api.settings import EffectiveSettings
 
 METRICS_PORT = 0
+POD_RESOURCES = Path("/var/lib/kubelet/pod-resources/kubelet.sock")
 DESCRIPTORS = 65_536
 NICE = -10
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--policy", required=True, metavar="FILE", help="a ColocationPolicy (YAML)")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--policy", metavar="FILE", help="a ColocationPolicy (YAML), on one machine")
+    source.add_argument("--node", metavar="NAME", help="a Kubernetes node: settings from its ColocationNode")
     parser.add_argument(
         "--device", default="cpu", choices=["cpu", "nvidia"], help="which device to share (default: cpu)"
     )
@@ -68,24 +71,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=METRICS_PORT,
         metavar="N",
-        help="Prometheus on 127.0.0.1:N (0: off)",
+        help="Prometheus on port N (0: off)",
     )
+    parser.add_argument(
+        "--metrics-address", default="127.0.0.1", metavar="ADDRESS", help="where to serve it (127.0.0.1)"
+    )
+    kubernetes = parser.add_argument_group("with --node")
+    kubernetes.add_argument(
+        "--kubeconfig",
+        type=Path,
+        metavar="FILE",
+        help="the way to the cluster (default: the pod's account)",
+    )
+    for flag, metavar, default, text in (
+        ("--pod-resources", "SOCKET", POD_RESOURCES, "the kubelet's pod-resources API"),
+        ("--logs", "DIR", Path("/var/log"), "where the kubelet keeps pods/ and containers/"),
+        ("--allocations", "DIR", None, "the device plugin's ledger, for nodes of several GPUs"),
+    ):
+        kubernetes.add_argument(flag, type=Path, metavar=metavar, default=default, help=text)
 
 
 def main(arguments: argparse.Namespace) -> int:
     try:
-        policy = load_policy(arguments.policy)
+        surroundings = _surroundings(arguments)
         parts = (
-            nvidia_parts(policy, commit=arguments.gpu_commit)
+            nvidia_parts(surroundings.settings, commit=arguments.gpu_commit)
             if arguments.device == "nvidia"
-            else cpu_parts(policy)
+            else cpu_parts(surroundings.settings)
         )
         settings = parts.settings
         path = arguments.socket or sockets.default_path(os.environ, os.getuid())
         _raise_descriptor_limit()
         _rise_above_tenants()
         listener = sockets.listen(path, 0o666)
-    except (PolicyError, DeviceError, sockets.SocketTaken, OSError) as error:
+    except (NoCluster, PolicyError, DeviceError, sockets.SocketTaken, OSError) as error:
         print(f"valve agent: {error}", file=sys.stderr)
         return 2
     try:
@@ -101,14 +120,13 @@ def main(arguments: argparse.Namespace) -> int:
     memory = CpuMemoryPool(settings.slab_bytes)
     server = Server(listener)
     registry = Registry()
-    identity: LocalIdentity[Tenant] = LocalIdentity(registry.launchers, os.getuid())
     agent = Agent(
         settings=settings,
         server=server,
         gate=gate,
         memory=memory,
         registry=registry,
-        identity=identity,
+        identity=surroundings.identity(registry, os.getuid()),
         events=events,
         device=parts.device,
     )
@@ -117,29 +135,31 @@ def main(arguments: argparse.Namespace) -> int:
     status = StatusSocket(status_listener)
 
     def document() -> dict[str, object]:
-        return snapshot(agent, gate.stats(), huge_pages=memory.huge_pages, now_ns=time.monotonic_ns())
+        made = snapshot(agent, gate.stats(), huge_pages=memory.huge_pages, now_ns=time.monotonic_ns())
+        return {**made, "cluster": surroundings.facts()}
 
     server.watch(status.fileno(), lambda: status.answer(document()))
     watch = GpuWatch(parts.processes, settings.unknown_processes == "Refuse") if parts.processes else None
-
-    def look_at_device() -> None:
-        parts.watch(events.emit)
-        if watch is not None:
-            agent.judge(watch)
-
-    agent.on_second = look_at_device
     metrics = None
     if arguments.metrics_port:
         from valve_agent.metrics import Collector, MetricsServer
 
         collector = Collector()
+        metrics = MetricsServer(collector, arguments.metrics_port, arguments.metrics_address)
 
-        def every_second() -> None:
-            look_at_device()
-            collector.publish(document())
+    def on_second() -> None:
+        parts.watch(events.emit)
+        if watch is not None:
+            agent.judge(watch)
+        if metrics is None and not surroundings.wants_snapshots:
+            return
+        made = document()
+        if metrics is not None:
+            collector.publish(made)
+        surroundings.on_second(made)
 
-        agent.on_second = every_second
-        metrics = MetricsServer(collector, arguments.metrics_port)
+    agent.on_second = on_second
+    surroundings.start(agent)
 
     def stop(_number: int, _frame: FrameType | None) -> None:
         server.stop()
@@ -171,6 +191,7 @@ def main(arguments: argparse.Namespace) -> int:
         server.close()
         agent.close()
         gate.close()
+        surroundings.close()
         memory.shut_down()
         parts.close()
         events.close()
@@ -197,15 +218,23 @@ def make_pool(settings: EffectiveSettings, agent: Agent) -> Pool:
     )
 
 
-def gate_settings(settings: EffectiveSettings) -> GateSettings:
-    return GateSettings(
-        cooldown_factor=settings.cooldown_factor,
-        cooldown_min_ns=settings.cooldown_min_ns,
-        cooldown_max_ns=settings.cooldown_max_ns,
-        recovery_grace_ns=settings.recovery_grace_ns,
-        lease_ns=settings.lease_ns,
-        kill_after_ns=settings.pause_timeout_ns,
-    )
+class NoCluster(Exception):
+    """The agent is to run on a node and finds no way to its cluster."""
+
+
+def _surroundings(arguments: argparse.Namespace) -> Surroundings:
+    """Raises NoCluster. Kubernetes' part is loaded only where it is asked for."""
+    if arguments.policy:
+        return OneMachine(arguments.policy)
+    from valve_agent.kube import node
+    from valve_agent.kube.api import KubeError
+
+    try:
+        return node.from_arguments(
+            arguments.node, arguments.kubeconfig, arguments.pod_resources, arguments.logs, os.environ
+        )
+    except KubeError as error:
+        raise NoCluster(str(error)) from error
 
 
 def _raise_descriptor_limit() -> None:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What differs between the devices that an agent can share, put together once at its start.
 
-Why it exists: main.py and agent.py know no device. `cpu_parts` and `nvidia_parts` turn a policy into settings
+Why it exists: main.py and agent.py know no device. `cpu_parts` and `nvidia_parts` ask for settings
 for that device and say which gate to start.
 
 Threading model: called by main before anything runs; `watch` is the server thread's, once a second.
@@ -15,10 +15,11 @@ from typing import Any
 
 from valve_agent.devices.cpu.memory import check_fits_machine
 from valve_agent.wire import Device
-from valve_api.policy import ColocationPolicy
-from valve_api.settings import EffectiveSettings, settings_for
+from valve_api.settings import EffectiveSettings
 
 Emit = Callable[..., None]
+SettingsOf = Callable[[int | None], EffectiveSettings]
+"""The settings on a device of so many bytes; None: the policy's own cpu device. See Surroundings.settings."""
 
 
 @dataclass
@@ -37,14 +38,14 @@ class Parts:
     close: Callable[[], None] = lambda: None
 
 
-def cpu_parts(policy: ColocationPolicy) -> Parts:
+def cpu_parts(settings_of: SettingsOf) -> Parts:
     """Raises PolicyError, DeviceError."""
-    settings = settings_for(policy)
+    settings = settings_of(None)
     check_fits_machine(settings.device_bytes)
     return Parts(Device.CPU, "cpu", settings)
 
 
-def nvidia_parts(policy: ColocationPolicy, number: int = 0, commit: str = "none") -> Parts:
+def nvidia_parts(settings_of: SettingsOf, number: int = 0, commit: str = "none") -> Parts:
     """GPU `number`; `commit`: see plan.Commit. Raises PolicyError, DeviceError: no driver, no such GPU, or no
     route that the policy allows."""
     from valve_agent.devices.base import DeviceMissing
@@ -56,7 +57,7 @@ def nvidia_parts(policy: ColocationPolicy, number: int = 0, commit: str = "none"
         devices = inventory.devices()
         if number >= len(devices):
             raise DeviceMissing(f"there is no GPU {number}; this machine has {len(devices)}")
-        settings = settings_for(policy, devices[number].memory_bytes)
+        settings = settings_of(devices[number].memory_bytes)
         choice = probe.choose(settings.route, commit)
         inventory.watch(number)
     except BaseException:

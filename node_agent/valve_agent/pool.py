@@ -162,6 +162,11 @@ class Pool:
         return self.slabs - sum(holder.count for holder in self.holders.values())
 
     @property
+    def growth_stopped(self) -> bool:
+        """Offline gets nothing new: too many reclaims in the last minute."""
+        return self._growth_stopped
+
+    @property
     def reclaiming(self) -> bool:
         return self._operation is not None
 
@@ -188,6 +193,11 @@ class Pool:
         if self._recover_until_ns:
             times.append(self._recover_until_ns)
         return min((time for time in times if time is not None), default=None)
+
+    def change(self, *, max_reclaims_per_minute: int, online_floor_slabs: int) -> None:
+        """Other limits from now on; what offline holds above them stays until it is reclaimed or returned."""
+        self._rate_max = max_reclaims_per_minute
+        self._floor = online_floor_slabs
 
     # What happens -----------------------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 import select
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,6 +42,10 @@ class Tenant:
     """Owned; closed when the launcher is gone."""
     launcher: int | None
     """The launcher's connection; None once it is lost."""
+    labels: Mapping[str, str] = field(default_factory=dict)
+    """For metrics and status; a pod's: namespace, pod, container. Empty for a launcher's."""
+    kept: bool = False
+    """A pod's tenant stays while its container does, with or without processes."""
 
 
 @dataclass(eq=False, slots=True)
@@ -93,6 +98,8 @@ class Registry:
         """Launcher's pid -> tenant; identity.py looks up ancestors here."""
         self.processes: dict[int, Process] = {}
         """Main pid -> process."""
+        self.offline_roots: Callable[[], Iterable[int]] = tuple
+        """Processes of offline tenants that have no launcher, from which the scan starts too (pods)."""
         self._next = 1
 
     def register(
@@ -113,6 +120,21 @@ class Registry:
         tenant.name, tenant.limit_slabs, tenant.launcher = name, limit_slabs, launcher
         return tenant, new
 
+    def register_pod(self, name: str, role: Role, limit_slabs: int, labels: Mapping[str, str]) -> Tenant:
+        """A container of a pod: a tenant without a launcher, kept until `release`."""
+        if any(other.name == name for other in self.tenants.values()):
+            name = f"{name}-{self._next}"  # a pod of the same name is still ending
+        tenant = Tenant(self._next, name, role, limit_slabs, 0, -1, None, dict(labels), kept=True)
+        self._next += 1
+        self.tenants[tenant.id] = tenant
+        return tenant
+
+    def release(self, tenant: Tenant) -> bool:
+        """Its container is gone. True once the tenant is gone too, which its processes may delay."""
+        tenant.kept = False
+        self._drop_if_unused(tenant)
+        return tenant.id not in self.tenants
+
     def launcher_gone(self, tenant: Tenant) -> None:
         """The launcher is dead: no new process can belong to this tenant."""
         del self.launchers[tenant.launcher_pid]
@@ -126,7 +148,7 @@ class Registry:
 
     def _drop_if_unused(self, tenant: Tenant) -> None:
         used = any(process.tenant is tenant for process in self.processes.values())
-        if not used and self.launchers.get(tenant.launcher_pid) is not tenant:
+        if not used and not tenant.kept and self.launchers.get(tenant.launcher_pid) is not tenant:
             self.tenants.pop(tenant.id, None)
 
 
@@ -152,8 +174,9 @@ class Scan:
             left_out.add(pid)
             if tenant.role == Role.OFFLINE:
                 roots.append(pid)
+        of_pods = set(registry.offline_roots())
         # An orphan that was found before stays: its launcher may be dead, its work is not.
-        live = self._subtrees([*roots, *self.found], left_out)
+        live = self._subtrees([*roots, *of_pods, *self.found], left_out) | of_pods
         live |= {pid for pid, pidfd in self.found.items() if not _gone(pidfd)}
         live -= left_out
         before = set(self.found)

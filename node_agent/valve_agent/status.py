@@ -28,10 +28,10 @@ def snapshot(agent: Agent, stats: GateStats, *, huge_pages: bool, now_ns: int) -
     tenants: dict[str, dict[str, Any]] = {}
     for tenant in registry.tenants.values():
         tenants[tenant.name] = {
-            "role": tenant.role.name.lower(), "limit_slabs": tenant.limit_slabs,
-            "held_slabs": 0, "want_slabs": 0,
+            "role": tenant.role.name.lower(), "labels": dict(tenant.labels),
+            "limit_slabs": tenant.limit_slabs, "held_slabs": 0, "want_slabs": 0,
             "launcher": tenant.launcher_pid if tenant.launcher is not None else None, "processes": [],
-            **dict.fromkeys(COUNTERS, 0),
+            "decode_gap_ns": 0, **dict.fromkeys(COUNTERS, 0),
         }  # fmt: skip
     for name, counters in agent.retired.items():
         entry = tenants.get(name)
@@ -51,6 +51,7 @@ def snapshot(agent: Agent, stats: GateStats, *, huge_pages: bool, now_ns: int) -
                 entry[counter] += getattr(page, counter)
             if process.tenant.role == Role.ONLINE:
                 state["busy"] = page.busy
+                entry["decode_gap_ns"] = max(entry["decode_gap_ns"], page.decode_gap_ns)
         if process.route is not None:
             state["route"] = process.route
         if process.memory is not None:
@@ -68,11 +69,13 @@ def snapshot(agent: Agent, stats: GateStats, *, huge_pages: bool, now_ns: int) -
         "device": agent.device.name.lower(),
         "uptime_s": round((now_ns - agent.started_ns) / 1e9, 3),
         "huge_pages": huge_pages,
+        "growth_stopped": pool.growth_stopped,
         "offline_paused": agent.paused,
         "route": dict(agent.route) or None,
+        "usage_s": agent.usage.totals_s(now_ns),
         "slabs": {
             "bytes_each": pool.slab_bytes, "total": pool.slabs, "free": pool.free,
-            "reservation": pool.reservation.slabs,
+            "reservation": pool.reservation.slabs, "online_floor": agent.settings.online_floor_slabs,
         },
         "tenants": tenants,
         "reclaims": {

@@ -72,13 +72,22 @@ class LiveAgent:
         assert self._process is not None
         return self._process.pid
 
-    def start(self) -> None:
+    def source(self) -> tuple[str, ...]:
+        """The arguments that say where the settings come from."""
+        return ("--policy", str(self._policy))
+
+    def launch(self) -> None:
+        """Start the process without waiting for it."""
         command = [
-            sys.executable, "-m", "valve_cli.main", "agent", "--policy", str(self._policy), "--socket",
-            str(self.socket), "--events", str(self.events_path), *self._arguments,
+            sys.executable, "-m", "valve_cli.main", "agent", *self.source(), "--socket", str(self.socket),
+            "--events", str(self.events_path), *self._arguments,
         ]  # fmt: skip
         with self.log_path.open("ab") as log:
             self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+
+    def start(self) -> None:
+        self.launch()
+        assert self._process is not None
         try:
             wait_for("the agent to listen", self._answers)
         except BaseException:
@@ -158,9 +167,12 @@ class LiveTenant:
             str(agent_socket), "--runtime", str(runtime), *(["--memory", memory] if memory else []), "--",
             sys.executable, str(TENANT),
         ]  # fmt: skip
+        self._spawn(name, command, {**os.environ, **(environment or {})})
+
+    def _spawn(self, name: str, command: list[str], environment: Mapping[str, str]) -> None:
         self.name = name
         self._launcher = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, **(environment or {})}
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
         )
         self._buffer = b""
 

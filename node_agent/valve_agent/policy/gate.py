@@ -71,18 +71,9 @@ class GatePolicy:
         now_ns: int,
         offline_paused: bool = True,
     ) -> None:
-        if not 0 <= cooldown_factor < inf:
-            raise ValueError(f"cooldown_factor is {cooldown_factor}; give a finite number of at least 0")
-        if not 0 <= cooldown_min_ns <= cooldown_max_ns:
-            raise ValueError(
-                f"cooldown bounds are {cooldown_min_ns} ns and {cooldown_max_ns} ns; "
-                "give 0 <= minimum <= maximum"
-            )
+        self.set_cooldown(cooldown_factor, cooldown_min_ns, cooldown_max_ns)
         if recovery_grace_ns < 0:
             raise ValueError(f"recovery_grace_ns is {recovery_grace_ns}; give at least 0")
-        self._factor = cooldown_factor
-        self._min_ns = cooldown_min_ns
-        self._max_ns = cooldown_max_ns
         self._now_ns = now_ns
         self._recovered_ns = now_ns + recovery_grace_ns
         self._cool_ns = now_ns  # when the cooldown in force ends
@@ -93,6 +84,19 @@ class GatePolicy:
         self._cooldown_ns = cooldown_min_ns
         self._preemptions = 0
         self._busy_periods = 0
+
+    def set_cooldown(self, cooldown_factor: float, cooldown_min_ns: int, cooldown_max_ns: int) -> None:
+        """For cooldowns that begin from now on. Raises ValueError like the constructor."""
+        if not 0 <= cooldown_factor < inf:
+            raise ValueError(f"cooldown_factor is {cooldown_factor}; give a finite number of at least 0")
+        if not 0 <= cooldown_min_ns <= cooldown_max_ns:
+            raise ValueError(
+                f"cooldown bounds are {cooldown_min_ns} ns and {cooldown_max_ns} ns; "
+                "give 0 <= minimum <= maximum"
+            )
+        self._factor = cooldown_factor
+        self._min_ns = cooldown_min_ns
+        self._max_ns = cooldown_max_ns
 
     # -- events; each answers what to do ---------------------------------------------------
 

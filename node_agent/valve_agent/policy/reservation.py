@@ -78,24 +78,42 @@ class Reservation:
         quiet_period_ns: int,
         now_ns: int,
     ) -> None:
-        if not 0 <= min_slabs <= max_slabs:
-            raise ValueError(
-                f"reservation bounds are {min_slabs} and {max_slabs} slabs; give 0 <= min <= max"
-            )
-        if not 1 < increase_factor < inf:
-            raise ValueError(f"increase_factor is {increase_factor}; give a finite number above 1")
-        if decrease_slabs < 1:
-            raise ValueError(f"decrease_slabs is {decrease_slabs}; give at least 1")
-        if quiet_period_ns < 1:
-            raise ValueError(f"quiet_period_ns is {quiet_period_ns}; give at least 1")
-        self.min_slabs = min_slabs
-        self.max_slabs = max_slabs
-        self.increase_factor = Fraction(str(increase_factor))
-        self.decrease_slabs = decrease_slabs
-        self.quiet_period_ns = quiet_period_ns
+        self._set(min_slabs, max_slabs, increase_factor, decrease_slabs, quiet_period_ns)
         self._slabs = min_slabs
         self._mark_ns = now_ns  # the last shortfall or the end of the last quiet period since
         self._now_ns = now_ns
+
+    def _set(self, least: int, most: int, factor: float, decrease: int, quiet_ns: int) -> None:
+        if not 0 <= least <= most:
+            raise ValueError(f"reservation bounds are {least} and {most} slabs; give 0 <= min <= max")
+        if not 1 < factor < inf:
+            raise ValueError(f"increase_factor is {factor}; give a finite number above 1")
+        if decrease < 1:
+            raise ValueError(f"decrease_slabs is {decrease}; give at least 1")
+        if quiet_ns < 1:
+            raise ValueError(f"quiet_period_ns is {quiet_ns}; give at least 1")
+        self.min_slabs = least
+        self.max_slabs = most
+        self.increase_factor = Fraction(str(factor))
+        self.decrease_slabs = decrease
+        self.quiet_period_ns = quiet_ns
+
+    def change(
+        self,
+        *,
+        min_slabs: int,
+        max_slabs: int,
+        increase_factor: float,
+        decrease_slabs: int,
+        quiet_period_ns: int,
+        now: int,
+    ) -> int:
+        """Other bounds from now on: R moves only as far as they demand. Returns R. Raises ValueError, and
+        then nothing has changed."""
+        self.tick(now)
+        self._set(min_slabs, max_slabs, increase_factor, decrease_slabs, quiet_period_ns)
+        self._slabs = min(max_slabs, max(min_slabs, self._slabs))
+        return self._slabs
 
     @property
     def slabs(self) -> int:

@@ -5,6 +5,7 @@
  *
  *   VALVE_SOCKET     path of the agent's socket; unset: the library does nothing at all
  *   VALVE_WORKLOAD   online | offline
+ *   VALVE_PYTHONPATH put in front of the process's PYTHONPATH; unset: PYTHONPATH stays
  *   VALVE_FAULT      drop-lost: valve_poll hides losses (tests that prove that checks have power)
  *
  * An offline process does not return from the constructor until the agent has let it in
@@ -148,6 +149,7 @@ __attribute__((constructor)) static void enter(void)
     const char *path = secure_getenv("VALVE_SOCKET");
     if (path == NULL || *path == 0)
         return;
+    valve_python_path(secure_getenv("VALVE_PYTHONPATH"));
     const char *role = secure_getenv("VALVE_WORKLOAD");
     if (role != NULL && strcmp(role, "online") == 0)
         valve.claimed = VALVE_ROLE_ONLINE;

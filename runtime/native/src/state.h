@@ -112,6 +112,9 @@ void valve_set_error(const char *const *parts);
 const char *valve_decimal(uint64_t value, char buffer[24]);
 void valve_copy_text(char *to, size_t size, const char *from);
 
+/* python_path.c */
+void valve_python_path(const char *folder);
+
 /* page.c */
 int valve_page_map(int fd); /* consumes nothing; 0 or -errno */
 void valve_page_reset(void);

@@ -113,11 +113,14 @@ def test_metrics_and_status_tell_the_same(tmp_path: Path) -> None:
             with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
                 return str(answer.read().decode())
 
-        text = wait_for("a first snapshot", lambda: (t := scrape()) and "valve_free_slabs" in t and t)
-        assert f"valve_free_slabs {float(agent.status()['slabs']['free'])}" in text
+        text = wait_for("a first snapshot", lambda: (t := scrape()) and "valve_device_free_bytes" in t and t)
+        slabs = agent.status()["slabs"]
+        values = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+        free_bytes = float(values['valve_device_free_bytes{device="cpu"}'])
+        assert free_bytes == slabs["free"] * slabs["bytes_each"]
         for name in (
-            "valve_preemptions_total", "valve_preemption_latency_seconds_bucket", "valve_paused",
-            "valve_reclaims_total", "valve_reclaimed_bytes_total", "valve_reservation_slabs",
+            "valve_preemptions_total", "valve_preemption_latency_seconds_bucket", "valve_offline_paused",
+            "valve_reclaims_total", "valve_reclaimed_bytes_total", "valve_reservation_bytes",
         ):  # fmt: skip
             assert name in text
         done = subprocess.run(

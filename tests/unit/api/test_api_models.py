@@ -67,7 +67,8 @@ def test_models_are_immutable_and_closed() -> None:
 
 
 def node_object() -> dict[str, Any]:
-    spec = PolicySpec().model_dump(mode="json", by_alias=True, exclude={"node_selector"}, exclude_none=True)
+    own = {"node_selector", "priority"}
+    spec = PolicySpec().model_dump(mode="json", by_alias=True, exclude=own, exclude_none=True)
     return {
         "apiVersion": names.API_VERSION,
         "kind": names.KIND_NODE,
@@ -103,8 +104,9 @@ def test_a_node_round_trips_and_gives_settings() -> None:
     assert settings_from(node.spec, node.metadata.name, 80 << 30).slabs == 2560
 
 
-def test_a_node_spec_is_a_policy_spec_without_the_selector() -> None:
-    assert set(NodeSpec.model_fields) - {"policy"} == set(PolicySpec.model_fields) - {"node_selector"}
+def test_a_node_spec_is_a_policy_spec_without_what_selects_nodes() -> None:
+    own = {"node_selector", "priority"}
+    assert set(NodeSpec.model_fields) - {"policy"} == set(PolicySpec.model_fields) - own
 
 
 @pytest.mark.parametrize("status", [PolicyStatus, NodeStatus])

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the node agent says of its GPUs, read from its status socket.
+
+Why it exists: only the agent knows how much of a GPU it lends. The socket has mode 0600 and belongs to
+root; the plugin runs as uid 0 without capabilities, which is enough to open it and to do nothing else.
+
+Threading model: `read_status` waits up to its timeout; only the watcher thread calls it. `reports_of` is
+pure.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from valve_deviceplugin.allocator.lending import Report
+from valve_deviceplugin.errors import AgentError
+
+SUFFIX = ".status"
+"""The status socket stands beside the agent's (docs/architecture.md)."""
+SCHEMA = "valve.io/status/v1"
+BYTES_MAX = 16 << 20
+
+
+def read_status(agent_socket: Path, timeout_s: float) -> dict[str, Any]:
+    """One snapshot. Raises AgentError."""
+    address = agent_socket.with_name(agent_socket.name + SUFFIX)
+    deadline = time.monotonic() + timeout_s
+    data = bytearray()
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
+            client.settimeout(timeout_s)
+            client.connect(str(address))
+            while chunk := client.recv(1 << 16):
+                data += chunk
+                client.settimeout(max(0.001, deadline - time.monotonic()))
+                if len(data) > BYTES_MAX:
+                    raise AgentError(f"{address} sends more than {BYTES_MAX >> 20} MiB")
+        document = json.loads(data)
+    except PermissionError as error:
+        raise AgentError(
+            f"{address} may not be opened: run the device plugin as uid 0 (no capability is needed)"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise AgentError(f"no status at {address}: {error}") from error
+    if not isinstance(document, dict) or document.get("schema") != SCHEMA:
+        raise AgentError(
+            f"{address} does not speak {SCHEMA}: upgrade the agent and the device plugin together"
+        )
+    return document
+
+
+def reports_of(status: Mapping[str, Any]) -> list[Report]:
+    """The GPUs in a status, of one device or of several. Raises AgentError."""
+    try:
+        if "gpus" in status:
+            return [_one_of_several(gpu) for gpu in status["gpus"]]
+        return [_only_device(status)]
+    except (KeyError, TypeError, ValueError) as error:
+        raise AgentError(f"the agent's status is not whole: {error!r}") from error
+
+
+def _one_of_several(gpu: Mapping[str, Any]) -> Report:
+    numa_node = gpu.get("numa_node")
+    return Report(
+        str(gpu["id"]), int(gpu["memory_bytes"]), int(gpu["lendable_bytes"]), int(gpu["online_tenants"]),
+        None if numa_node is None else int(numa_node),
+    )  # fmt: skip
+
+
+def _only_device(status: Mapping[str, Any]) -> Report:
+    slabs, tenants = status["slabs"], status["tenants"].values()
+    each, total = int(slabs["bytes_each"]), int(slabs["total"])
+    offline_held = sum(int(tenant["held_slabs"]) for tenant in tenants if tenant["role"] == "offline")
+    spare = int(slabs["free"]) - int(slabs["reservation"]) + offline_held
+    lendable = min(total - int(slabs.get("online_floor", 0)), spare)
+    online = sum(1 for tenant in tenants if tenant["role"] == "online")
+    return Report(str(status["device"]), total * each, lendable * each, online)

@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whose process is it, on a Kubernetes node: the pod that its cgroup says, with the role and limit that the
+kubelet allocated.
+
+Why it exists: here a tenant is a container of a pod, not a launcher's subtree. Launchers are refused: root
+in a container is root to SO_PEERCRED, and would choose its own role.
+
+Threading model: the server thread only; it reads one file of /proc and the last look of kube/containers.py,
+and never waits for the kubelet. Callers: agent.py (Identity), kube/node.py (`sync`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from valve_agent.identity import IdentityError, LocalIdentity, Peer
+from valve_agent.kube import cgroup
+from valve_agent.kube.cgroup import NotInPod
+from valve_agent.kube.containers import Containers
+from valve_agent.kube.podresources import Allocation, ContainerName
+from valve_agent.registry import Registry, Tenant
+from valve_agent.wire import RejectCode, Role
+from valve_api.names import ANNOTATION_WORKLOAD, RESOURCE_OFFLINE_MEMORY, RESOURCE_ONLINE_GPU
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """What makes a tenant: a container of one pod, over its restarts."""
+
+    uid: str
+    name: ContainerName
+
+
+class PodIdentity(LocalIdentity[Tenant]):
+    """Tenants are containers; a helper still speaks for its process as on any machine."""
+
+    def __init__(
+        self,
+        registry: Registry,
+        containers: Containers,
+        limit_slabs: Callable[[Role, int], int],
+        *,
+        own_uid: int,
+        proc: Path = Path("/proc"),
+    ) -> None:
+        """`limit_slabs(role, bytes)`: most slabs under the settings in force."""
+        super().__init__(registry.launchers, own_uid)
+        self._registry = registry
+        self._containers = containers
+        self._limit_slabs = limit_slabs
+        self._proc = proc
+        self._tenants: dict[Key, Tenant] = {}
+
+    def may_register(self, peer: Peer) -> bool:
+        return False
+
+    def tenant_of(self, pid: int) -> Tenant:
+        try:
+            place = cgroup.of_process(pid, self._proc)
+        except NotInPod as error:
+            raise IdentityError(
+                RejectCode.EIDENTITY,
+                f"{error}: this agent serves the pods of its node. On a machine without Kubernetes run "
+                "`valve agent --policy FILE`",
+            ) from error
+        view = self._containers.view
+        name = view.names.get(place)
+        if name is None:
+            self._containers.hurry()
+            raise IdentityError(
+                RejectCode.EIDENTITY,
+                f"container {place.container[:12]} of pod {place.uid} is not known yet: the kubelet has not "
+                "linked its log. If this stays, the agent does not see the host's /var/log",
+            )
+        allocation = view.allocations.get(name)
+        if allocation is None:
+            self._containers.hurry()
+            why = f" (the kubelet does not answer: {view.error})" if view.error else ""
+            raise IdentityError(
+                RejectCode.EIDENTITY,
+                f"container {name} has no {RESOURCE_ONLINE_GPU} or {RESOURCE_OFFLINE_MEMORY} from the "
+                f"kubelet{why}: annotate the pod with {ANNOTATION_WORKLOAD}: online or offline when you "
+                "create it",
+            )
+        return self._tenant(Key(place.uid, name), allocation)
+
+    def sync(self) -> None:
+        """Once a second: every allocated container that runs is a tenant, attached or not; one that is gone
+        and has no processes left is none. Limits follow the settings."""
+        view = self._containers.view
+        seen: set[Key] = set()
+        for place, name in view.names.items():
+            allocation = view.allocations.get(name)
+            if allocation is None or allocation.role is None:
+                continue
+            key = Key(place.uid, name)
+            seen.add(key)
+            self._tenant(key, allocation)
+        for key in self._tenants.keys() - seen:
+            if self._registry.release(self._tenants[key]):
+                del self._tenants[key]
+
+    def offline_roots(self) -> Iterable[int]:
+        """Processes of offline containers from which the scan starts (Registry.offline_roots)."""
+        for roots in self._containers.view.roots.values():
+            yield from roots
+
+    def place_of(self, tenant: Tenant) -> Key | None:
+        return next((key for key, known in self._tenants.items() if known is tenant), None)
+
+    def _tenant(self, key: Key, allocation: Allocation) -> Tenant:
+        role = allocation.role
+        if role is None:
+            raise IdentityError(
+                RejectCode.EROLE,
+                f"container {key.name} has both {RESOURCE_ONLINE_GPU} and {RESOURCE_OFFLINE_MEMORY}: request "
+                "one of them",
+            )
+        limit = self._limit_slabs(role, allocation.offline_bytes)
+        tenant = self._tenants.get(key)
+        if tenant is not None and tenant.id in self._registry.tenants:
+            tenant.kept = True
+            tenant.limit_slabs = limit
+            return tenant
+        labels = {"namespace": key.name.namespace, "pod": key.name.pod, "container": key.name.container}
+        tenant = self._registry.register_pod(self._name(key), role, limit, labels)
+        self._tenants[key] = tenant
+        return tenant
+
+    def _name(self, key: Key) -> str:
+        """namespace/pod; with the container where the pod has several that Valve serves."""
+        name = key.name
+        several = sum(
+            (other.namespace, other.pod) == (name.namespace, name.pod)
+            for other in self._containers.view.allocations
+        )
+        return str(name) if several > 1 else f"{name.namespace}/{name.pod}"

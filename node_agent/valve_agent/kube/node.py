@@ -1,0 +1,293 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An agent on a Kubernetes node: settings from its ColocationNode, tenants from the kubelet, status back.
+
+Why it exists: the adapter between the agent, which knows no cluster, and the cluster. While the API server is
+away the agent goes on with the settings it has. One that never had any does not listen at all: online runs
+without it (P5), offline waits at its door (P6).
+
+Threading model: made and closed by main; `on_second` in the server thread does everything that touches the
+agent. The threads of kube/watch.py, kube/containers.py and kube/report.py only leave values behind. Caller:
+main.py, through surroundings.Surroundings.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from pydantic import ValidationError
+
+from valve_agent import live
+from valve_agent.identity import Identity
+from valve_agent.kube.api import Api
+from valve_agent.kube.containers import Containers
+from valve_agent.kube.identity import PodIdentity
+from valve_agent.kube.podresources import PodResources
+from valve_agent.kube.report import NODES_PATH, ConditionValue, Reporter, conditions_of, gpu_of, status_of
+from valve_agent.kube.watch import ObjectWatch
+from valve_agent.registry import Registry, Tenant
+from valve_agent.wire import Role
+from valve_api.errors import PolicyError
+from valve_api.load import problems_of
+from valve_api.model import REQUIRED, ApiModel, setting
+from valve_api.node import NodeSpec
+from valve_api.settings import EffectiveSettings, settings_from
+
+if TYPE_CHECKING:
+    from valve_agent.agent import Agent
+
+SAY_WAITING_S = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """One version of the spec: settings, or why it cannot be followed."""
+
+    uid: str
+    """Of the object: one that is made anew begins at generation 1 again."""
+    generation: int
+    settings: EffectiveSettings | None
+    problem: str = ""
+    unknown: str = ""
+    """Fields that this version does not know, which are left out: the operator may be newer than we are."""
+
+
+class _Specified(ApiModel):
+    """The part of a ColocationNode that is ours to read: errors name fields as `spec.…`."""
+
+    spec: NodeSpec = setting(REQUIRED, what="Effective settings.")
+
+
+def wanted_of(node: Mapping[str, Any], device_bytes: int | None = None) -> Wanted:
+    """What a ColocationNode asks for on a device of so many bytes (None: the spec's own cpu device)."""
+    uid, generation = version_of(node)
+    source = f"ColocationNode {node['metadata'].get('name')}"
+    document = {"spec": copy.deepcopy(node.get("spec") or {})}
+    unknown = _without_unknown(document)
+    try:
+        spec = _Specified.model_validate(document).spec
+        settings = settings_from(spec, spec.policy.name, device_bytes, source)
+        return Wanted(uid, generation, settings, unknown=unknown)
+    except ValidationError as error:
+        return Wanted(uid, generation, None, str(PolicyError(source, problems_of(error, _Specified))))
+    except PolicyError as error:
+        return Wanted(uid, generation, None, str(error))
+
+
+def _without_unknown(document: dict[str, Any]) -> str:
+    """Take fields out that this version does not know, and name them."""
+    try:
+        _Specified.model_validate(document)
+    except ValidationError as error:
+        places = [one["loc"] for one in error.errors() if one["type"] == "extra_forbidden"]
+    else:
+        return ""
+    for place in places:
+        parent: Any = document
+        for step in place[:-1]:
+            parent = parent[step]
+        del parent[place[-1]]
+    return ", ".join(".".join(map(str, place)) for place in places)
+
+
+def version_of(node: Mapping[str, Any]) -> tuple[str, int]:
+    """(uid, generation): changes with the spec, and never with the status."""
+    metadata = node["metadata"]
+    return str(metadata.get("uid", "")), int(metadata.get("generation", 0))
+
+
+class KubernetesNode:
+    """See the module; implements surroundings.Surroundings."""
+
+    wants_snapshots = True
+
+    def __init__(
+        self,
+        node: str,
+        api: Api,
+        pod_resources: Path,
+        *,
+        logs: Path,
+        cgroups: Path = Path("/sys/fs/cgroup"),
+        stderr: TextIO = sys.stderr,
+    ) -> None:
+        self._node = node
+        self._api = api
+        self._stderr = stderr
+        self._device_bytes: int | None = None
+        self._wanted: Wanted | None = None
+        self._following: Wanted | None = None
+        """The last one that is in force, wholly or but for a restart."""
+        self._pending = ""
+        """What of it needs a restart."""
+        self._conditions: list[Mapping[str, Any]] = []
+        self._restart = False
+        self._arrived = threading.Event()
+        self._watch = ObjectWatch(api, NODES_PATH, node, self._seen)
+        self._pod_resources = PodResources(pod_resources)
+        self._containers = Containers(self._pod_resources, logs=logs, cgroups=cgroups)
+        self._reporter = Reporter(api, node)
+        self._identity: PodIdentity | None = None
+        self._agent: Agent | None = None
+
+    # Surroundings ---------------------------------------------------------------------------------------
+
+    def settings(self, device_bytes: int | None = None) -> EffectiveSettings:
+        """Waits until the operator has written settings that hold here; says so while it does."""
+        self._device_bytes = device_bytes
+        self._watch.start()
+        self._reporter.start()
+        said = 0.0
+        while True:
+            self._arrived.wait(0.2)
+            wanted = self._wanted
+            if wanted is not None and wanted.settings is not None:
+                self._following = wanted
+                return wanted.settings
+            if wanted is not None:
+                self._report_refused(wanted)
+            if time.monotonic() - said > SAY_WAITING_S:
+                said = time.monotonic()
+                print(f"valve agent: {self._why_waiting(wanted)}", file=self._stderr, flush=True)
+
+    def identity(self, registry: Registry, own_uid: int) -> Identity[Tenant]:
+        identity = PodIdentity(registry, self._containers, self._limit_slabs, own_uid=own_uid)
+        registry.offline_roots = identity.offline_roots
+        self._identity = identity
+        return identity
+
+    def start(self, agent: Agent) -> None:
+        self._agent = agent
+        self._containers.start()
+
+    def facts(self) -> dict[str, Any]:
+        wanted, following = self._wanted, self._following
+        return {
+            "node": self._node,
+            "api_error": self._watch.error or self._reporter.error,
+            "kubelet_error": self._containers.view.error,
+            "ready": wanted is following and not self._pending,
+            "generation": following.generation if following else 0,
+            "status_writes": self._reporter.writes,
+        }
+
+    def on_second(self, document: Mapping[str, Any]) -> None:
+        assert self._agent is not None
+        assert self._identity is not None
+        self._follow(self._agent)
+        self._identity.sync()
+        if self._restart and not live.holds_memory(self._agent):
+            self._agent.events.emit("restart", why=f"{self._pending} changed and nobody holds memory")
+            self._agent.server.stop()
+        self._report([gpu_of(document, self._agent.settings.recovery_grace_ns / 1e9)], document)
+
+    def close(self) -> None:
+        self._watch.close()
+        self._containers.close()
+        self._reporter.close()
+        self._pod_resources.close()
+        self._api.close()
+
+    # Settings -------------------------------------------------------------------------------------------
+
+    def _seen(self, node: dict[str, Any] | None) -> None:
+        """In the watch's thread. An object that is gone changes nothing: the DaemonSet goes with its policy,
+        and an object deleted by mistake comes back."""
+        if node is None:
+            return
+        if self._wanted is None:
+            self._conditions = (node.get("status") or {}).get("conditions") or []
+        wanted = self._wanted
+        if wanted is None or (wanted.uid, wanted.generation) != version_of(node):
+            self._wanted = wanted_of(node, self._device_bytes)
+        self._arrived.set()
+
+    def _follow(self, agent: Agent) -> None:
+        wanted = self._wanted
+        if wanted is None or wanted is self._following or wanted.settings is None:
+            return
+        self._following = wanted
+        self._pending = live.needs_restart(agent.settings, wanted.settings)
+        self._restart = bool(self._pending)
+        live.apply(agent, agent.gate, wanted.settings)  # type: ignore[arg-type]
+        agent.events.emit(
+            "settings", policy=wanted.settings.policy, generation=wanted.generation, pending=self._pending
+        )
+
+    def _limit_slabs(self, role: Role, limit_bytes: int) -> int:
+        settings = self._agent.settings if self._agent else None
+        if settings is None:
+            return 0
+        if role == Role.ONLINE:
+            return int(settings.slabs)
+        return int(min(limit_bytes // settings.slab_bytes, settings.slabs))
+
+    # Status ---------------------------------------------------------------------------------------------
+
+    def _why_waiting(self, wanted: Wanted | None) -> str:
+        if wanted is not None:
+            return f"waiting for settings that hold here: {wanted.problem}"
+        if self._watch.error:
+            return f"waiting for settings: {self._watch.error}"
+        return (
+            f"waiting for settings: there is no ColocationNode {self._node} yet; the operator makes it when "
+            "a ColocationPolicy selects this node"
+        )
+
+    def _report_refused(self, wanted: Wanted) -> None:
+        ready = ConditionValue("Ready", False, "SettingsRefused", wanted.problem)
+        self._submit([], [ready], 0)
+
+    def _report(self, gpus: list[dict[str, Any]], document: Mapping[str, Any]) -> None:
+        wanted, following = self._wanted, self._following
+        generation = following.generation if following else 0
+        ready = ConditionValue("Ready", True, "Following", "")
+        if following is not None and following.unknown:
+            sentence = f"this agent is older than the operator and does not know {following.unknown}"
+            ready = ConditionValue("Ready", True, "FollowingInPart", sentence)
+        if wanted is not None and wanted.problem:
+            ready = ConditionValue("Ready", False, "SettingsRefused", wanted.problem)
+        elif self._pending:
+            sentence = f"{self._pending} changes when no tenant of this node holds memory any more"
+            ready = ConditionValue("Ready", False, "RestartNeeded", sentence)
+        self._submit(gpus, [ready, self._degraded(document)], generation)
+
+    def _degraded(self, document: Mapping[str, Any]) -> ConditionValue:
+        why: list[tuple[str, str]] = []
+        if self._containers.view.error:
+            why.append(("KubeletSilent", self._containers.view.error))
+        if not document["huge_pages"] and document["device"] == "cpu":
+            why.append(("SmallPages", "device memory has 4 KiB pages: reclaim is slow"))
+        if document["growth_stopped"]:
+            why.append(("GrowthStopped", "too many reclaims: offline gets no more memory for now"))
+        if not why:
+            return ConditionValue("Degraded", False, "AsExpected")
+        return ConditionValue("Degraded", True, why[0][0], "; ".join(sentence for _, sentence in why))
+
+    def _submit(self, gpus: list[dict[str, Any]], values: list[ConditionValue], generation: int) -> None:
+        self._conditions = list(conditions_of(values, self._conditions, generation, datetime.now(UTC)))
+        self._reporter.submit(status_of(gpus, self._conditions, generation, version("valve")))
+
+
+def from_arguments(
+    node: str, kubeconfig: Path | None, pod_resources: Path, logs: Path, environ: Mapping[str, str]
+) -> KubernetesNode:
+    """Raises KubeError where there is no way to the cluster."""
+    from valve_agent.kube import credentials
+
+    server = (
+        credentials.from_kubeconfig(kubeconfig, environ=environ)
+        if kubeconfig
+        else credentials.in_cluster(environ)
+    )
+    return KubernetesNode(
+        node, Api(server, agent=f"valve-agent/{version('valve')}"), pod_resources, logs=logs
+    )

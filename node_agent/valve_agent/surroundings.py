@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What stands around an agent: where its settings come from, who its tenants are, who hears how it is.
+
+Why it exists: the same agent runs on one machine (a policy file, launchers) and on a Kubernetes node
+(kube/node.py: an object that changes, pods, a status to write). The core knows neither.
+
+Threading model: main calls everything; `on_second` in the server thread. Callers: main.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from valve_agent.identity import Identity, LocalIdentity
+from valve_agent.registry import Registry, Tenant
+from valve_api.load import load_policy
+from valve_api.settings import EffectiveSettings, settings_for
+
+if TYPE_CHECKING:
+    from valve_agent.agent import Agent
+
+
+class Surroundings(Protocol):
+    def settings(self, device_bytes: int | None = None) -> EffectiveSettings:
+        """What to start with on a device of so many bytes (None: the policy's own cpu device); may wait. Raises PolicyError, OSError."""
+        ...
+
+    def identity(self, registry: Registry, own_uid: int) -> Identity[Tenant]: ...
+
+    def start(self, agent: Agent) -> None:
+        """The agent is whole and about to run."""
+        ...
+
+    @property
+    def wants_snapshots(self) -> bool:
+        """Whether `on_second` looks at what it is given."""
+        ...
+
+    def facts(self) -> dict[str, Any] | None:
+        """What the snapshot says of the cluster; None: there is none."""
+        ...
+
+    def on_second(self, document: Mapping[str, Any]) -> None:
+        """Once a second, with the status snapshot."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class OneMachine:
+    """A policy file that is read once; tenants are launchers' subtrees."""
+
+    wants_snapshots = False
+
+    def __init__(self, policy: Path | str) -> None:
+        self._policy = policy
+
+    def settings(self, device_bytes: int | None = None) -> EffectiveSettings:
+        return settings_for(load_policy(self._policy), device_bytes)
+
+    def identity(self, registry: Registry, own_uid: int) -> Identity[Tenant]:
+        return LocalIdentity(registry.launchers, own_uid)
+
+    def start(self, agent: Agent) -> None:
+        """Nothing has to be started."""
+
+    def facts(self) -> None:
+        """There is no cluster."""
+
+    def on_second(self, document: Mapping[str, Any]) -> None:
+        """Nobody has to be told."""
+
+    def close(self) -> None:
+        """Nothing has to be closed."""
