@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 class Surroundings(Protocol):
     def settings(self, device_bytes: int | None = None) -> EffectiveSettings:
-        """What to start with on a device of so many bytes (None: the policy's own cpu device); may wait. Raises PolicyError, OSError."""
+        """What to start with on a device of so many bytes (None: the policy's own cpu device); may wait.
+        Raises PolicyError, OSError."""
         ...
 
     def identity(self, registry: Registry, own_uid: int) -> Identity[Tenant]: ...
