@@ -88,12 +88,12 @@ def of_path(path: str) -> PodCgroup | None:
 def containers(root: Path = Path("/sys/fs/cgroup")) -> dict[PodCgroup, Path]:
     """Every pod container of this node: its cgroup -> its folder. Needs the host's hierarchy at `root`;
     reads a few hundred folders."""
-    for name in _HIERARCHIES:
+    found: dict[PodCgroup, Path] = {}
+    for name in _HIERARCHIES:  # leftovers of another runtime in one must not hide the pods of the next
         if (root / name / "cgroup.procs").exists():
-            found = dict(_walk(root / name, 0))
-            if found:
-                return found
-    return {}
+            for pod, folder in _walk(root / name, 0):
+                found.setdefault(pod, folder)
+    return found
 
 
 def _walk(folder: Path, depth: int) -> Iterator[tuple[PodCgroup, Path]]:

@@ -30,6 +30,7 @@ DISTRIBUTIONS = {
     "grpc": "grpcio",
     "prometheus_client": "prometheus-client",
     "pydantic_core": "pydantic",
+    "pynvml": "nvidia-ml-py",
     "yaml": "pyyaml",
 }
 """Import name -> distribution, where they differ."""
