@@ -13,6 +13,7 @@ from gpu_node import LONG_US, VICTIM, NewNode, Node, advances, busy, comes_to_st
 from victims import children, state
 
 from valve_cli.bench.rig import wait_for
+from valve_cli.status import as_text
 
 DENY = ("deny", "control", "0x2080110b", "0x1b")
 
@@ -32,8 +33,12 @@ def test_permission_denied_takes_the_next_route_and_says_why(node: Node) -> None
     )
     assert "a privilege is missing" in said[0]["why"]
     assert "run the agent as root" in said[0]["why"]
-    (process,) = node.agent.status()["tenants"]["victim"]["processes"]
+    status = node.agent.status()
+    (process,) = status["tenants"]["victim"]["processes"]
     assert process["route"]["route"] == "launch-gate"
+    text = as_text(status)
+    assert "route agent: the driver lets channels be disabled" in text
+    assert f"process {process['pid']} by route launch-gate: route" in text
 
 
 def test_permission_denied_on_a_forced_route_ends_the_process(new_node: NewNode) -> None:

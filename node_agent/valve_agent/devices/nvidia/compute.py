@@ -20,6 +20,7 @@ Threading model: the gate's only thread, but for those closes. Caller: gate.py. 
 from __future__ import annotations
 
 import os
+import select
 import signal
 import threading
 import time
@@ -159,11 +160,7 @@ class NvidiaCompute:
                 target.gone = True
 
     def is_gone(self, target: GpuTarget) -> bool:
-        try:
-            _send(target.pidfd, 0)
-        except ProcessLookupError:
-            return True
-        return False
+        return bool(select.select([target.pidfd], [], [], 0)[0])  # also before its parent has reaped it
 
     def running(self, targets: Sequence[GpuTarget]) -> Sequence[GpuTarget]:
         """Those that are less off than they should be. Whose channels have changed since is stopped again
@@ -276,7 +273,8 @@ class NvidiaCompute:
 
 def _stop_last(gpu: GpuProcess) -> None:
     """Of a dead process: its children may hold its files too, and its kernels would go on."""
-    for fd, block in [*gpu.plan.stop_compute, *gpu.plan.stop_rest] if gpu.plan else []:
+    plan = build(gpu.table, gpu.files, None, Commit.NONE)
+    for fd, block in [*plan.stop_compute, *plan.stop_rest]:
         try:
             block.issue(fd)
         except OSError:
