@@ -314,7 +314,7 @@ class SlabMoves:
                 os.close(fd)
             self._refuse(side, str(error))
             return
-        if side.arena.route == MemoryRoute.BY_TENANT:
+        if side.arena.route == MemoryRoute.BY_TENANT and side.arena.offline:
             # Does libcuda remap while the channels are disabled, or does it wait for them (E8)?
             why = (
                 "the GPU driver takes no mappings from the agent, and libcuda does not remap while this "

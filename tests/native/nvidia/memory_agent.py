@@ -33,6 +33,7 @@ from valve_agent.agent import Agent  # noqa: E402
 from valve_agent.devices.base import ArenaError  # noqa: E402
 from valve_agent.devices.nvidia import rm  # noqa: E402
 from valve_agent.devices.nvidia.cuda_driver import CudaDriver  # noqa: E402
+from valve_agent.devices.nvidia.inventory import NvidiaInventory  # noqa: E402
 from valve_agent.devices.nvidia.memory import NvidiaMemoryPool  # noqa: E402
 from valve_agent.devices.nvidia.physical import PhysicalSlabs  # noqa: E402
 from valve_agent.devices.nvidia.uvm import Mapper  # noqa: E402
@@ -167,13 +168,9 @@ class TestGate:
 
 
 def nvml() -> dict[int, int]:
-    """pid -> bytes."""
-    import pynvml
-
-    pynvml.nvmlInit()
-    running = pynvml.nvmlDeviceGetComputeRunningProcesses(pynvml.nvmlDeviceGetHandleByIndex(0))
-    pynvml.nvmlShutdown()
-    return {int(entry.pid): int(entry.usedGpuMemory) for entry in running}
+    """pid -> bytes. Raises DeviceError."""
+    with NvidiaInventory() as inventory:
+        return {process.pid: process.used_bytes for process in inventory.processes(0)}
 
 
 def main() -> None:
