@@ -157,7 +157,7 @@ def test_a_gpu_that_is_lost_does_not_take_the_agent_along(rig: Rig) -> None:
     online = rig.tenant("online", "chat", slabs=8)
     online.run("get(8); put(0, 1)")
     rig.machine.ctl("lost", 0, 1)
-    online.run("valve.want(8, True); valve.give_back(0); held.discard(0)")
+    online.run("valve.want(7, True); valve.give_back(0); held.discard(0)")
     wait_for("the slab", lambda: rig.ask()["free"] == 1)
     online.run("valve.want(8, True)")
     failed = wait_for("the failure", lambda: rig.events("grant-failed"))
