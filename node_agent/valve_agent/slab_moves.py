@@ -318,7 +318,7 @@ class SlabMoves:
             # Does libcuda remap while the channels are disabled, or does it wait for them (E8)?
             why = (
                 "the GPU driver takes no mappings from the agent, and libcuda does not remap while this "
-                "process is paused: its memory could never be taken back. See docs/architecture.md, GPU memory"
+                "process is paused: its memory could never be taken back (docs/architecture.md, GPU memory)"
             )
             self._ask_quarantine(side, 1, lambda: self._ready(side), why, ends_hold=True)
         else:
