@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -226,7 +227,8 @@ def test_launches_wait_while_the_driver_is_slow(new_controlled: NewControlled) -
     """The hold comes before the driver's call: nothing new starts behind a lock that somebody else keeps."""
     it = new_controlled()
     it.captured.run("cu.launch('nop'); cu.synchronize()")
-    it.machine.ctl("hold", 600)
+    it.machine.ctl("hold", 1000)
+    time.sleep(0.2)  # its holder is a thread of its own
     it.gate.start("result = said(compute.pause, [target])")
     it.captured.frames(for_s=0.1)
     it.captured.actor.start("cu.launch('timer_writer', out, 2000); cu.synchronize()")

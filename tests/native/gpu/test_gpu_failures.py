@@ -68,10 +68,12 @@ def test_a_process_that_cannot_be_controlled_while_open_is_ended_too(new_node: N
 
 
 def test_a_slow_driver_delays_the_pause_and_is_named(new_node: NewNode) -> None:
-    node = new_node(route="agent", pause_timeout="5s")
+    node = new_node(route="agent", pause_timeout="20s")
     victim = node.victim()
     engine = node.engine()
-    node.machine.ctl("hold", 700)
+    assert advances(victim)
+    node.machine.ctl("hold", 1500)
+    time.sleep(0.2)  # its holder is a thread of its own
     busy(engine)
     slow = node.agent.wait_event("slow_driver")
     assert slow["took_ms"] > 100
@@ -114,9 +116,10 @@ def test_without_an_agent_offline_stands_until_the_next_one(node: Node, paused: 
     ctas = sum(c["ctas"] for c in node.channels())
     time.sleep(0.3)
     assert sum(c["ctas"] for c in node.channels()) == ctas, "not one block ran"
-    if paused:
-        idle(engine)
     node.agent.start()
+    if paused:
+        assert stands(victim, 1.0), "awake, for its memory may be asked for, but off the GPU"
+        idle(engine)
     assert advances(victim), "the same kernel goes on"
     wait_for("no channel to be disabled", lambda: not any(c["disabled"] for c in node.channels(None)))
 
