@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 
 from valve_agent.devices.base import DeviceError
 from valve_agent.devices.nvidia import rm
-from valve_cli.doctor_report import ROUTES, Check, Gpu, Level, Nvidia, Route
+from valve_agent.devices.nvidia.probe import ORDER
+from valve_cli.doctor_report import Check, Gpu, Level, Nvidia, Route
 
 VENDOR = "0x10de"
 DISPLAY_CLASS = "0x03"
@@ -213,7 +214,7 @@ def _routes(rm_facts: Facts, cuda_facts: Facts) -> list[Route]:
     verdicts = {verdict["route"]: verdict for verdict in rm_facts.get("routes", ())}
     unasked = {"works": False, "why": rm_facts.get("error") or "not asked"}
     found = []
-    for name in ROUTES[:-1]:
+    for name in ORDER[:-1]:
         verdict = verdicts.get(name, unasked)
         found.append(Route(name, bool(verdict["works"]), str(verdict["why"])))
     return [*found, _launch_gate(cuda_facts.get("error") if cuda_facts else "libcuda was not asked")]

@@ -10,8 +10,6 @@ from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple
 
 SCHEMA = "valve.io/doctor/v1"
-ROUTES = ("agent", "in-process", "patched", "launch-gate")
-"""Best first. What each is: docs/gpu.md."""
 
 Level = Literal["ok", "note", "warning", "missing"]
 _SIGN = {"ok": "ok", "note": "--", "warning": "!", "missing": "MISSING"}
@@ -54,12 +52,13 @@ class Nvidia(NamedTuple):
     """`open` or `proprietary` kernel modules."""
     gpus: Sequence[Gpu]
     routes: Sequence[Route]
+    """In the agent's order. What each is: docs/gpu.md."""
     checks: Sequence[Check]
 
     @property
     def route(self) -> str | None:
-        """The one the agent takes: the first usable; `patched` only where the policy names it."""
-        return next((route.name for route in self.routes if route.usable and route.name != "patched"), None)
+        """The one the agent takes unless the policy names another: the first usable."""
+        return next((route.name for route in self.routes if route.usable), None)
 
 
 class Report(NamedTuple):

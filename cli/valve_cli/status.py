@@ -75,10 +75,17 @@ def as_text(status: dict[str, Any]) -> str:
         f"preemptions: {status['gate']['pauses']}"
         + (f", p50 {preempt['p50']:.0f} us, p99 {preempt['p99']:.0f} us" if preempt["samples"] else ""),
     ]
+    route = status.get("route")
+    if route:
+        lines.insert(1, f"route {route['route']}: {route['why']} (driver {route['driver']})")
     for name, tenant in sorted(status["tenants"].items()):
         lines.append(
             f"  {tenant['role']:8} {name}: holds {tenant['held_slabs']} of at most "
             f"{tenant['limit_slabs']} slabs, "
             f"{len(tenant['processes'])} processes, {tenant['tokens']} tokens"
         )
+        for process in tenant["processes"]:
+            taken = process.get("route")
+            if taken and taken["route"] != (route or {}).get("route"):
+                lines.append(f"    process {process['pid']} by route {taken['route']}: {taken['why']}")
     return "\n".join(lines)

@@ -142,6 +142,8 @@ class Agent:
                 return
             if process.memory is not None:
                 holder = process.memory.holder
+                if self.limits is not None:
+                    self.limits.refresh()
                 if isinstance(frame, wire.Want):
                     self._emit_for(process, "want", total=frame.total, urgent=frame.urgent, level="debug")
                     self.pool.on_want(holder, frame.total)

@@ -4,8 +4,8 @@
 Why it exists: a tenant's limit holds for its arena and for what its processes allocate by themselves.
 libvalve refuses what would go over, by the limit in each process's page. Here that limit is kept up to date
 when a tenant has several processes, what they allocated is taken off the slabs that the tenant may still be
-granted, and NVML, which nobody in a pod can argue with, is the judge: a tenant that stays over its limit found
-a way around libvalve and is ended (P6).
+granted, and NVML, which nobody in a pod can argue with, is the judge: a tenant that stays over its limit has
+found a way around libvalve and is ended (P6).
 
 Threading model: the server thread, once a second. Caller: agent.py.
 """
@@ -47,6 +47,14 @@ def over_limit(uses: Iterable[Use], limit_bytes: int, slab_bytes: int, context_b
     return total - limit_bytes if total - limit_bytes > slab_bytes else 0
 
 
+def is_around(uses: Iterable[Use], limit_bytes: int, slab_bytes: int, context_bytes: int) -> bool:
+    """Whether a tenant that is over its limit got there past libvalve: by memory that nobody reported, or by
+    allocating more than all. A slab that was granted while it allocated is the agent's own doing."""
+    uses = list(uses)
+    direct = sum(use.direct(context_bytes) for use in uses)
+    return direct - sum(use.reported for use in uses) > slab_bytes or direct > limit_bytes
+
+
 class GpuLimits:
     def __init__(
         self,
@@ -63,6 +71,7 @@ class GpuLimits:
         self._seen = seen
         self._end = end
         self._context_bytes = context_bytes
+        self._seen_last: Mapping[int, int] = {}
         self._over: dict[int, int] = {}
         """tenant -> looks in a row that found it over its limit"""
 
@@ -71,10 +80,16 @@ class GpuLimits:
         uses = self._uses(tenant, {})
         return self._left(tenant, sum(use.direct(self._context_bytes) + use.held for use in uses.values()))
 
+    def refresh(self) -> None:
+        """Before slabs are granted: what was allocated since the last look counts."""
+        for tenant in self._registry.tenants.values():
+            if tenant.role == Role.OFFLINE:
+                self._allot(tenant, self._uses(tenant, self._seen_last))
+
     def look(self) -> None:
         """Raises DeviceError when NVML does not answer; the pages are up to date all the same."""
         try:
-            seen = self._seen()
+            seen = self._seen_last = self._seen()
             judged = True
         except Exception:
             self._look({}, judged=False)
@@ -89,6 +104,8 @@ class GpuLimits:
             self._allot(tenant, uses)
             limit = tenant.limit_slabs * self._slab_bytes
             over = over_limit(uses.values(), limit, self._slab_bytes, self._context_bytes)
+            if not is_around(uses.values(), limit, self._slab_bytes, self._context_bytes):
+                over = 0
             self._over[tenant.id] = self._over[tenant.id] + 1 if over and judged else 0
             if self._over[tenant.id] >= LOOKS:
                 worst = max(uses, key=lambda p: uses[p].direct(self._context_bytes))

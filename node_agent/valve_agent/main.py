@@ -19,6 +19,7 @@ import resource
 import signal
 import sys
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FrameType
 
@@ -27,17 +28,22 @@ from valve_agent.agent import SLICE_NS, Agent, AgentFailed
 from valve_agent.devices.base import DeviceError
 from valve_agent.devices.cpu.kernel import set_slice
 from valve_agent.devices.cpu.memory import CpuMemoryPool
+from valve_agent.devices.nvidia.memory import NvidiaMemoryPool
 from valve_agent.events import EventLog
 from valve_agent.gate_link import GateDied, GateError, GateHandle
+from valve_agent.gpu_limits import GpuLimits
+from valve_agent.gpu_memory import open_memory
 from valve_agent.gpu_watch import GpuWatch
 from valve_agent.live import gate_settings
-from valve_agent.parts import cpu_parts, nvidia_parts
+from valve_agent.parts import Parts, cpu_parts, nvidia_parts
 from valve_agent.policy.reservation import Reservation
 from valve_agent.pool import Pool
 from valve_agent.registry import Registry
 from valve_agent.server import Server
+from valve_agent.slab_moves import SlabMoves
 from valve_agent.status import StatusSocket, snapshot
 from valve_agent.surroundings import OneMachine, Surroundings
+from valve_agent.wire import Device
 from valve_api.errors import PolicyError
 from valve_api.settings import EffectiveSettings
 
@@ -111,13 +117,13 @@ def main(arguments: argparse.Namespace) -> int:
         status_path = path.with_name(path.name + sockets.STATUS_SUFFIX)
         status_listener = sockets.listen(status_path, 0o600, sockets.STATUS_KIND)
         events = EventLog(arguments.events, sys.stderr)
+        memory = _memory(parts, lambda: agent.holds_standing > 0)
         gate = GateHandle.start(parts.gate_device, gate_settings(settings))
-    except (GateError, sockets.SocketTaken, OSError) as error:
+    except (GateError, DeviceError, sockets.SocketTaken, OSError) as error:
         print(f"valve agent: {error}", file=sys.stderr)
         parts.close()
         path.unlink(missing_ok=True)
         return 2
-    memory = CpuMemoryPool(settings.slab_bytes)
     server = Server(listener)
     registry = Registry()
     agent = Agent(
@@ -132,6 +138,12 @@ def main(arguments: argparse.Namespace) -> int:
     )
     agent.pool = make_pool(settings, agent)
     agent.route = parts.route
+    if isinstance(memory, NvidiaMemoryPool):
+        seen = parts.processes or dict
+        agent.moves = SlabMoves(memory, registry, agent)
+        agent.limits = GpuLimits(registry, settings.slab_bytes, seen, agent.kill_process)
+        if _is_unused(seen):
+            memory.fill()  # nobody can hold any: it need not wait for those who come back
     status = StatusSocket(status_listener)
 
     def document() -> dict[str, object]:
@@ -196,6 +208,22 @@ def main(arguments: argparse.Namespace) -> int:
         parts.close()
         events.close()
     return 0
+
+
+def _is_unused(seen: Callable[[], Mapping[int, int]]) -> bool:
+    """No process but this one uses the device; False where nobody knows."""
+    try:
+        return not seen().keys() - {os.getpid()}
+    except DeviceError:
+        return False
+
+
+def _memory(parts: Parts, hold_stands: Callable[[], bool]) -> CpuMemoryPool | NvidiaMemoryPool:
+    """Raises DeviceError."""
+    settings = parts.settings
+    if parts.device is Device.CPU:
+        return CpuMemoryPool(settings.slab_bytes)
+    return open_memory(parts.number, parts.uuid, settings.slabs, settings.slab_bytes, hold_stands)
 
 
 def make_pool(settings: EffectiveSettings, agent: Agent) -> Pool:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from valve_agent.devices.cpu.memory import check_fits_machine
+from valve_agent.gpu_memory import pool_bytes
 from valve_agent.wire import Device
 from valve_api.settings import EffectiveSettings
 
@@ -35,6 +36,9 @@ class Parts:
     processes: Callable[[], Mapping[int, int]] | None = None
     """pid -> bytes, of every process that computes on the device; None where nobody knows. May raise
     DeviceError."""
+    number: int = 0
+    uuid: str = ""
+    """Of the GPU, as NVML knows it."""
     close: Callable[[], None] = lambda: None
 
 
@@ -57,7 +61,7 @@ def nvidia_parts(settings_of: SettingsOf, number: int = 0, commit: str = "none")
         devices = inventory.devices()
         if number >= len(devices):
             raise DeviceMissing(f"there is no GPU {number}; this machine has {len(devices)}")
-        settings = settings_of(devices[number].memory_bytes)
+        settings = settings_of(pool_bytes(devices[number].memory_bytes))
         choice = probe.choose(settings.route, commit)
         inventory.watch(number)
     except BaseException:
@@ -72,4 +76,7 @@ def nvidia_parts(settings_of: SettingsOf, number: int = 0, commit: str = "none")
         return {process.pid: process.used_bytes for process in inventory.processes(number)}
 
     route = {"wanted": settings.route, **choice.document()}
-    return Parts(Device.NVIDIA, choice.gate_device(), settings, route, watch, processes, inventory.close)
+    return Parts(
+        Device.NVIDIA, choice.gate_device(), settings, route, watch, processes, number, devices[number].uuid,
+        inventory.close,
+    )  # fmt: skip

@@ -314,11 +314,11 @@ class SlabMoves:
                 os.close(fd)
             self._refuse(side, str(error))
             return
-        if side.arena.route == MemoryRoute.BY_TENANT:
+        if side.arena.route == MemoryRoute.BY_TENANT and side.arena.offline:
             # Does libcuda remap while the channels are disabled, or does it wait for them (E8)?
             why = (
                 "the GPU driver takes no mappings from the agent, and libcuda does not remap while this "
-                "process is paused: its memory could never be taken back. See docs/gpu.md, routes to memory"
+                "process is paused: its memory could never be taken back (docs/architecture.md, GPU memory)"
             )
             self._ask_quarantine(side, 1, lambda: self._ready(side), why, ends_hold=True)
         else:

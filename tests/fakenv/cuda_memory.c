@@ -12,6 +12,8 @@
 enum { MEMORYTYPE_HOST = 1, MEMORYTYPE_DEVICE = 2 };
 enum { COPY_IN = COMPUTE_CHANNELS, COPY_OUT = COMPUTE_CHANNELS + 1 };
 
+struct array_shape { size_t width, height; unsigned format, channels; };
+
 API CUresult cuMemGetInfo_v2(size_t *free_bytes, size_t *total)
 {
     struct context *ctx;
@@ -47,6 +49,34 @@ API CUresult cuMemFree_v2(CUdeviceptr base)
 API CUresult cuMemAllocAsync(CUdeviceptr *base, size_t bytes, CUstream stream)
 {
     return cuMemAlloc_v2(base, bytes);
+}
+
+API CUresult cuMemAllocManaged(CUdeviceptr *base, size_t bytes, unsigned flags)
+{
+    return cuMemAlloc_v2(base, bytes); /* as if it were all resident */
+}
+
+API CUresult cuMemAllocFromPoolAsync(CUdeviceptr *base, size_t bytes, void *pool, CUstream stream)
+{
+    return cuMemAlloc_v2(base, bytes);
+}
+
+API CUresult cuMemAllocPitch_v2(CUdeviceptr *base, size_t *pitch, size_t width, size_t height, unsigned element)
+{
+    *pitch = (width + 511) / 512 * 512;
+    return cuMemAlloc_v2(base, *pitch * height);
+}
+
+/* An array is a piece of memory; its layout is nobody's business. Formats: of one byte, or float. */
+API CUresult cuArrayCreate_v2(CUdeviceptr *array, const struct array_shape *shape)
+{
+    size_t texel = (shape->format == 0x20 ? 4 : 1) * (size_t)shape->channels;
+    return cuMemAlloc_v2(array, shape->width * (shape->height ? shape->height : 1) * texel);
+}
+
+API CUresult cuArrayDestroy(CUdeviceptr array)
+{
+    return cuMemFree_v2(array);
 }
 
 API CUresult cuMemFreeAsync(CUdeviceptr base, CUstream stream)

@@ -96,6 +96,11 @@ INTERPOSED = {
     "cuGraphLaunch", "cuGraphLaunch_ptsz", "cuLaunch", "cuLaunchCooperativeKernel",
     "cuLaunchCooperativeKernelMultiDevice", "cuLaunchCooperativeKernel_ptsz", "cuLaunchGrid",
     "cuLaunchGridAsync", "cuLaunchKernel", "cuLaunchKernelEx", "cuLaunchKernelEx_ptsz", "cuLaunchKernel_ptsz",
+    "cuArray3DCreate_v2", "cuArrayCreate_v2", "cuArrayDestroy", "cuDeviceTotalMem_v2", "cuMemAllocAsync",
+    "cuMemAllocAsync_ptsz", "cuMemAllocFromPoolAsync", "cuMemAllocFromPoolAsync_ptsz", "cuMemAllocManaged",
+    "cuMemAllocPitch_v2", "cuMemAlloc_v2", "cuMemCreate", "cuMemFreeAsync", "cuMemFreeAsync_ptsz",
+    "cuMemFree_v2", "cuMemGetInfo_v2", "cuMemImportFromShareableHandle", "cuMemMap", "cuMemRelease",
+    "cuMemRetainAllocationHandle", "cuMemUnmap", "cuMipmappedArrayCreate", "cuMipmappedArrayDestroy",
 }  # fmt: skip
 """Functions that the library stands in front of, to see what a process does with a GPU."""
 

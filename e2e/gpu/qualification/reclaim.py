@@ -26,7 +26,7 @@ page, n = 2 << 20, {pages}
 own = cu.reserve(page * n)
 handles, spare = [cu.create(page) for _ in range(n)], cu.create(page)
 for i in range(n): cu.map(own + i * page, page, handles[i])
-cu.fill(own, page * n); cu.synchronize()
+cu.fill(own, page * n); cu.synchronize(); time.sleep(0.05)
 def swap(show):
     began = time.monotonic_ns()
     for i in range(n):

@@ -8,11 +8,13 @@ part's result carries it: no Xid seen is then no statement.
 from __future__ import annotations
 
 import ctypes
+import time
 from types import TracebackType
 
 _XID = 0x8
 _TIMEOUT = 10
 SETTLE_MS = 200
+MOST_S = 2.0
 
 
 class _Event(ctypes.Structure):
@@ -59,9 +61,10 @@ class XidWatch:
             self._nvml.nvmlEventSetFree(self._set)
 
     def seen(self) -> list[int]:
-        """All Xids so far, in order."""
+        """All Xids so far, in order. Ends though they keep coming."""
         event = _Event()
-        while self.problem is None:
+        until = time.monotonic() + MOST_S
+        while self.problem is None and time.monotonic() < until:
             code = self._nvml.nvmlEventSetWait_v2(self._set, ctypes.byref(event), SETTLE_MS)
             if code == _TIMEOUT:
                 break

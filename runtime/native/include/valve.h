@@ -9,6 +9,7 @@
 #define VALVE_H
 
 #include <stdint.h>
+#include <sys/types.h>
 
 #define VALVE_API __attribute__((visibility("default")))
 
@@ -67,6 +68,11 @@ struct valve_event {
     uint32_t slab;
 };
 VALVE_API int valve_poll(struct valve_event *event);
+
+/* For torch's CUDAPluggableAllocator: pieces of the arena, each starting at a slab.  NULL: no
+ * room, or no arena. */
+VALVE_API void *valve_torch_alloc(ssize_t bytes, int device, void *stream);
+VALVE_API void valve_torch_free(void *at, ssize_t bytes, int device, void *stream);
 
 /* Ownership ledger, one writer: begin; request/own/pin for everything; commit. */
 VALVE_API int valve_ledger_begin(void);

@@ -15,6 +15,7 @@
 #include "state.h"
 
 #include <dirent.h>
+#include <errno.h>
 #include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
@@ -55,7 +56,10 @@ static int receive(void *frame, size_t room, int *fd)
     struct msghdr message = {.msg_iov = &part, .msg_iovlen = 1, .msg_control = &control, .msg_controllen = sizeof control};
     for (unsigned i = 0; i < VALVE_MEMORY_BATCH; i++)
         fd[i] = -1;
-    ssize_t got = recvmsg(memory.sock, &message, MSG_CMSG_CLOEXEC);
+    ssize_t got;
+    do
+        got = recvmsg(memory.sock, &message, MSG_CMSG_CLOEXEC);
+    while (got < 0 && errno == EINTR);
     struct cmsghdr *rights = got > 0 ? CMSG_FIRSTHDR(&message) : NULL;
     if (rights && rights->cmsg_level == SOL_SOCKET && rights->cmsg_type == SCM_RIGHTS)
         memcpy(fd, CMSG_DATA(rights), rights->cmsg_len - CMSG_LEN(0));

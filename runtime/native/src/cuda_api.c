@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  * libcuda's functions by name: see cuda_api.h. */
 #include "cuda_api.h"
+#include "gpu.h"
 
 #include <dlfcn.h>
 #include <pthread.h>
@@ -32,7 +33,7 @@ static void find_all(void)
     };
     void *library = dlopen("libcuda.so.1", RTLD_NOW);
     for (size_t i = 0; library && i < sizeof FUNCTIONS / sizeof FUNCTIONS[0]; i++) {
-        void *function = dlsym(library, FUNCTIONS[i].name);
+        void *function = gpu_real_dlsym(library, FUNCTIONS[i].name); /* dlsym would find our hooks */
         if (function == NULL)
             return;
         *(void **)((char *)&api + FUNCTIONS[i].at) = function;

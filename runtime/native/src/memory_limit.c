@@ -12,10 +12,12 @@
  *
  * Threads: any of the process's own.  `lock` guards the table of allocations.
  */
+#include "gpu.h"
 #include "memory_limit.h"
 #include "slab.h"
 #include "state.h"
 
+#include <dlfcn.h>
 #include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
@@ -310,7 +312,7 @@ static struct {
 
 static int through(uint32_t number, PARAMETERS)
 {
-    static __thread int depth; /* libcuda may call one of them from another */
+    static __thread int depth __attribute__((tls_model("initial-exec"))); /* libcuda calls one from another */
     if (depth)
         return wrapped[number].real(ARGUMENTS);
     depth = 1;
@@ -370,6 +372,55 @@ void *memory_limit_wrap(const char *name, void *real)
     pthread_mutex_unlock(&lock);
     return result;
 }
+
+#if !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
+/* For programs linked against libcuda, and for a libcuda that calls itself by name. */
+static void *behind(const char *name)
+{
+    void *real = gpu_real_dlsym(RTLD_NEXT, name);
+    void *library = real ? NULL : dlopen("libcuda.so.1", RTLD_NOW | RTLD_NOLOAD);
+    return library ? gpu_real_dlsym(library, name) : real;
+}
+
+#define LINKED(name)                                                                                     \
+    VALVE_API int name(PARAMETERS);                                                                      \
+    VALVE_API int name(PARAMETERS)                                                                       \
+    {                                                                                                    \
+        static entry_point *found;                                                                       \
+        entry_point *go = __atomic_load_n(&found, __ATOMIC_SEQ_CST);                                     \
+        if (go == NULL) {                                                                                \
+            void *real = behind(#name);                                                                  \
+            if (real == NULL)                                                                            \
+                return 500; /* CUDA_ERROR_NOT_FOUND */                                                   \
+            go = gpu_on() ? (entry_point *)memory_limit_wrap(#name, real) : (entry_point *)real;         \
+            __atomic_store_n(&found, go, __ATOMIC_SEQ_CST);                                              \
+        }                                                                                                \
+        return go(ARGUMENTS);                                                                            \
+    }
+LINKED(cuMemAlloc_v2)
+LINKED(cuMemAllocManaged)
+LINKED(cuMemAllocAsync)
+LINKED(cuMemAllocAsync_ptsz)
+LINKED(cuMemAllocFromPoolAsync)
+LINKED(cuMemAllocFromPoolAsync_ptsz)
+LINKED(cuMemAllocPitch_v2)
+LINKED(cuMemCreate)
+LINKED(cuArrayCreate_v2)
+LINKED(cuArray3DCreate_v2)
+LINKED(cuMipmappedArrayCreate)
+LINKED(cuMemFree_v2)
+LINKED(cuMemFreeAsync)
+LINKED(cuMemFreeAsync_ptsz)
+LINKED(cuArrayDestroy)
+LINKED(cuMipmappedArrayDestroy)
+LINKED(cuMemRelease)
+LINKED(cuMemRetainAllocationHandle)
+LINKED(cuMemImportFromShareableHandle)
+LINKED(cuMemMap)
+LINKED(cuMemUnmap)
+LINKED(cuMemGetInfo_v2)
+LINKED(cuDeviceTotalMem_v2)
+#endif
 
 void memory_limit_forked(void)
 {

@@ -5,6 +5,9 @@ when the driver refuses. The process that it controls is real and under libvalve
 from __future__ import annotations
 
 import json
+import os
+import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -224,7 +227,8 @@ def test_launches_wait_while_the_driver_is_slow(new_controlled: NewControlled) -
     """The hold comes before the driver's call: nothing new starts behind a lock that somebody else keeps."""
     it = new_controlled()
     it.captured.run("cu.launch('nop'); cu.synchronize()")
-    it.machine.ctl("hold", 600)
+    it.machine.ctl("hold", 1000)
+    time.sleep(0.2)  # its holder is a thread of its own
     it.gate.start("result = said(compute.pause, [target])")
     it.captured.frames(for_s=0.1)
     it.captured.actor.start("cu.launch('timer_writer', out, 2000); cu.synchronize()")
@@ -249,6 +253,26 @@ def test_a_dead_process_leaves_nothing(new_controlled: NewControlled, paused: bo
     status = it.machine.status()
     assert status["channels"] == []
     assert status["used_bytes"] == [0]
+
+
+@pytest.mark.parametrize("route", ["agent", "in-process"])
+def test_a_dead_process_computes_no_more_though_a_child_has_its_files(
+    new_controlled: NewControlled, route: str
+) -> None:
+    """A forked child (a data loader, say) keeps the driver's files open, so the driver frees nothing."""
+    it = new_controlled(f"{route}/none")
+    it.launch()
+    it.captured.actor.start("""
+        os.fork()  # the child waits for an agent to let it in
+    """)
+    child = it.captured.agent.accept()
+    it.captured.close_descriptors()
+    it.captured.actor.process.kill()
+    it.captured.actor.process.wait()
+    it.gate.run("compute.close(target)")
+    assert it.disabled() == ALL, "the driver has them still, and none of them runs"
+    os.kill(int(child.peer_pid), signal.SIGKILL)
+    child.close()
 
 
 def test_a_lost_gpu_counts_as_off(new_controlled: NewControlled) -> None:

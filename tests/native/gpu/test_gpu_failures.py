@@ -13,6 +13,7 @@ from gpu_node import LONG_US, VICTIM, NewNode, Node, advances, busy, comes_to_st
 from victims import children, state
 
 from valve_cli.bench.rig import wait_for
+from valve_cli.status import as_text
 
 DENY = ("deny", "control", "0x2080110b", "0x1b")
 
@@ -32,8 +33,12 @@ def test_permission_denied_takes_the_next_route_and_says_why(node: Node) -> None
     )
     assert "a privilege is missing" in said[0]["why"]
     assert "run the agent as root" in said[0]["why"]
-    (process,) = node.agent.status()["tenants"]["victim"]["processes"]
+    status = node.agent.status()
+    (process,) = status["tenants"]["victim"]["processes"]
     assert process["route"]["route"] == "launch-gate"
+    text = as_text(status)
+    assert "route agent: the driver lets channels be disabled" in text
+    assert f"process {process['pid']} by route launch-gate: route" in text
 
 
 def test_permission_denied_on_a_forced_route_ends_the_process(new_node: NewNode) -> None:
@@ -63,10 +68,12 @@ def test_a_process_that_cannot_be_controlled_while_open_is_ended_too(new_node: N
 
 
 def test_a_slow_driver_delays_the_pause_and_is_named(new_node: NewNode) -> None:
-    node = new_node(route="agent", pause_timeout="5s")
+    node = new_node(route="agent", pause_timeout="20s")
     victim = node.victim()
     engine = node.engine()
-    node.machine.ctl("hold", 700)
+    assert advances(victim)
+    node.machine.ctl("hold", 1500)
+    time.sleep(0.2)  # its holder is a thread of its own
     busy(engine)
     slow = node.agent.wait_event("slow_driver")
     assert slow["took_ms"] > 100
@@ -109,9 +116,10 @@ def test_without_an_agent_offline_stands_until_the_next_one(node: Node, paused: 
     ctas = sum(c["ctas"] for c in node.channels())
     time.sleep(0.3)
     assert sum(c["ctas"] for c in node.channels()) == ctas, "not one block ran"
-    if paused:
-        idle(engine)
     node.agent.start()
+    if paused:
+        assert stands(victim, 1.0), "awake, for its memory may be asked for, but off the GPU"
+        idle(engine)
     assert advances(victim), "the same kernel goes on"
     wait_for("no channel to be disabled", lambda: not any(c["disabled"] for c in node.channels(None)))
 

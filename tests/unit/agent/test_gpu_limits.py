@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from valve_agent.devices.base import DeviceError
-from valve_agent.gpu_limits import LOOKS, GpuLimits, Use, over_limit
+from valve_agent.gpu_limits import LOOKS, GpuLimits, Use, is_around, over_limit
 from valve_agent.wire import Role
 
 MIB = 1 << 20
@@ -35,6 +35,21 @@ OVER = [
 def test_over_limit(uses: list[tuple[int, int, int]], limit: int, over: int) -> None:
     made = [Use(*(value * MIB for value in use)) for use in uses]
     assert over_limit(made, limit * MIB, SLAB, CONTEXT) == over * MIB
+
+
+#                                             uses                    limit  around
+AROUND = [
+    pytest.param([(600, 0, 512)], 1024, False, id="granted while it allocated"),
+    pytest.param([(1100, 0, 0)], 1024, True, id="allocated more than all"),
+    pytest.param([(100, 800, 0)], 1024, True, id="memory that nobody reported"),
+    pytest.param([(100, 600, 0)], 1024, False, id="its context"),
+]
+
+
+@pytest.mark.parametrize(("uses", "limit", "around"), AROUND)
+def test_past_libvalve_or_not(uses: list[tuple[int, int, int]], limit: int, around: bool) -> None:
+    made = [Use(*(value * MIB for value in use)) for use in uses]
+    assert is_around(made, limit * MIB, SLAB, CONTEXT) is around
 
 
 class Process(SimpleNamespace):

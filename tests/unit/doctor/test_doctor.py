@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 
 from valve_agent.devices.nvidia import rm
+from valve_agent.devices.nvidia.probe import ORDER
 from valve_cli import doctor, doctor_machine, doctor_nvidia
 from valve_cli.doctor_nvidia import Files, flavour, judge
-from valve_cli.doctor_report import ROUTES, Check, Nvidia, Report
+from valve_cli.doctor_report import Check, Nvidia, Report
 
 NODES = {"/dev/nvidiactl": "", "/dev/nvidia-uvm": "", "/dev/nvidia0": ""}
 GOOD = Files(1, "580.142", None, "open", NODES, False)
@@ -53,9 +54,9 @@ TABLE: list[tuple[str, Files, Any, Any, str | None, dict[str, str]]] = [
      "launch-gate", {"GPU 0": "missing"}),
     ("the passed file is refused", GOOD, rm_answer(routes={"agent": False}), CUDA, "in-process",
      {"GPU 0": "ok"}),
-    ("only root by name: never by itself", GOOD,
+    ("only root by name", GOOD,
      rm_answer(own=rm.INSUFFICIENT_PERMISSIONS, routes={**NO_CONTROL, "patched": True}), CUDA,
-     "launch-gate", {"GPU 0": "warning"}),
+     "patched", {"GPU 0": "warning"}),
     ("a sandbox filters the control", GOOD, rm_answer(own=0x56, routes=NO_CONTROL), CUDA, "launch-gate",
      {"GPU 0": "warning"}),
     ("nothing at all works", GOOD, rm_answer(own=0x56, routes=NO_CONTROL), {"error": "no libcuda"}, None,
@@ -84,7 +85,7 @@ def test_judge(
         assert check.section == "nvidia"
         assert bool(check.todo) == (check.level in ("warning", "missing")), check
     if found.routes:
-        assert tuple(r.name for r in found.routes) == ROUTES
+        assert tuple(r.name for r in found.routes) == ORDER
         assert all(r.why for r in found.routes)
 
 
@@ -157,7 +158,7 @@ def test_json(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str
     assert (document["device"], document["usable"], document["route"]) == ("nvidia", True, "agent")
     assert document["driver"] == {"version": "580.142", "branch": "580", "flavour": "open"}
     assert document["gpus"] == [{"number": 0, "name": "G", "uuid": "GPU-1", "memory_bytes": 80 << 30}]
-    assert [route["name"] for route in document["routes"]] == list(ROUTES)
+    assert [route["name"] for route in document["routes"]] == list(ORDER)
     assert {check["section"] for check in document["checks"]} == {"machine", "cpu", "nvidia"}
 
 

@@ -20,6 +20,7 @@ Threading model: the gate's only thread, but for those closes. Caller: gate.py. 
 from __future__ import annotations
 
 import os
+import select
 import signal
 import threading
 import time
@@ -42,13 +43,27 @@ _clock = time.monotonic_ns
 class GpuTarget:
     """One offline process. `gpu` is None until its libvalve has sent the table."""
 
-    __slots__ = ("gone", "gpu", "level", "pid", "pidfd", "proven", "route", "stopped", "wanted", "why")
+    __slots__ = (
+        "asleep",
+        "gone",
+        "gpu",
+        "level",
+        "pid",
+        "pidfd",
+        "proven",
+        "route",
+        "stopped",
+        "wanted",
+        "why",
+    )
 
     def __init__(self, pid: int, pidfd: int) -> None:
         self.pid = pid
         self.pidfd = pidfd
         self.gone = False
         self.gpu: GpuProcess | None = None
+        self.asleep = True
+        """it may have stopped itself when it lost an agent"""
         self.level = RUNNING
         self.wanted = RUNNING
         self.stopped = -1
@@ -153,17 +168,10 @@ class NvidiaCompute:
             target.level, target.wanted, target.stopped = RUNNING, RUNNING, -1
             if target.gpu is not None and not self._let_run(target, target.gpu):
                 continue  # it stays held; `tend` tries again
-            try:
-                _send(target.pidfd, signal.SIGCONT)  # it stops itself when its lease ends
-            except ProcessLookupError:
-                target.gone = True
+            self._wake(target)
 
     def is_gone(self, target: GpuTarget) -> bool:
-        try:
-            _send(target.pidfd, 0)
-        except ProcessLookupError:
-            return True
-        return False
+        return bool(select.select([target.pidfd], [], [], 0)[0])  # also before its parent has reaped it
 
     def running(self, targets: Sequence[GpuTarget]) -> Sequence[GpuTarget]:
         """Those that are less off than they should be. Whose channels have changed since is stopped again
@@ -230,12 +238,21 @@ class NvidiaCompute:
             why = self._allowed[index].stop(gpu, level == ALL_OFF)
             if why is None:
                 target.level, target.stopped = level, changes
+                if target.asleep and self._allowed[index].name != routes.LAUNCH_GATE:
+                    self._wake(target)  # its channels are off: the processor may have it
                 if index != target.route:
                     target.route = index
                     self._report(target, gpu)
                 return None
             target.why = why
         return why
+
+    def _wake(self, target: GpuTarget) -> None:
+        try:
+            _send(target.pidfd, signal.SIGCONT)
+        except ProcessLookupError:
+            target.gone = True
+        target.asleep = False
 
     def _let_run(self, target: GpuTarget, gpu: GpuProcess) -> bool:
         """Enable its channels, which also proves the route, and let go what waits in the process."""
@@ -276,7 +293,8 @@ class NvidiaCompute:
 
 def _stop_last(gpu: GpuProcess) -> None:
     """Of a dead process: its children may hold its files too, and its kernels would go on."""
-    for fd, block in [*gpu.plan.stop_compute, *gpu.plan.stop_rest] if gpu.plan else []:
+    plan = build(gpu.table, gpu.files, None, Commit.NONE)
+    for fd, block in [*plan.stop_compute, *plan.stop_rest]:
         try:
             block.issue(fd)
         except OSError:

@@ -55,6 +55,9 @@ class NvidiaArena:
 class NvidiaMemoryPool:
     """The memory of one GPU."""
 
+    huge_pages = True
+    why_small_pages: str | None = None
+
     def __init__(
         self,
         physical: PhysicalSlabs,
