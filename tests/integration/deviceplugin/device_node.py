@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ class FakeAgent:
         address.unlink(missing_ok=True)
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._listener.bind(str(address))
+        address.chmod(0o600)
         self._listener.listen()
         self._thread = threading.Thread(target=self._loop, args=(self._listener,), daemon=True)
         self._thread.start()
@@ -78,11 +80,12 @@ class Plugin:
         self.log = folder / "plugin.log"
         self._process: subprocess.Popen[bytes] | None = None
 
-    def start(self, *options: str) -> None:
+    def start(self, *options: str, through: Sequence[str] = ()) -> None:
+        """through: a command that runs the plugin."""
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
                 [
-                    sys.executable, "-m", "valve_deviceplugin", "--library", "/opt/valve/0.1.0",
+                    *through, sys.executable, "-m", "valve_deviceplugin", "--library", "/opt/valve/0.1.0",
                     "--agent-socket", str(self.folder / "run" / "agent.sock"),
                     "--kubelet-dir", str(self.folder / "kubelet"), "--state-dir", str(self.state),
                     "--stand", "0.5", "--grace", "3", "--gone-after", "0.5", "--release-after", "1", *options,

@@ -66,7 +66,7 @@ class FakeKubelet:
         self._changed = threading.Condition()
         self._servers: list[grpc.Server] = []
         for path in (self.plugins, self.pod_resources.parent):
-            path.mkdir(parents=True, exist_ok=True)
+            path.mkdir(mode=0o750, parents=True, exist_ok=True)
 
     def start(self) -> None:
         """Delete every socket, then listen."""

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import urllib.error
 from collections.abc import Callable
@@ -49,6 +50,22 @@ def test_cdi_devices_are_named_and_their_specs_are_there(
         for device in spec["devices"]
     }
     assert {device.name for found in (answer, again) for device in found.cdi_devices} <= names
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to run the plugin as root without capabilities")
+def test_it_needs_no_capability(kubelet: FakeKubelet, agent: FakeAgent, plugin: Plugin, folder: Path) -> None:
+    """The kubelet's folders are 0750 and the agent's status 0600, root's: owning them is enough."""
+    drop = ["setpriv", "--bounding-set=-all", "--inh-caps=-all", "--no-new-privs"]
+    plugin.start("--injection", "cdi", "--cdi-dir", str(folder / "cdi"), through=drop)
+    kubelet.wait(lambda: kubelet.capacity(OFFLINE)[1] == 28, "units")
+    capabilities = re.findall(r"^Cap(?:Prm|Eff|Bnd):\s+(\S+)", _status(plugin.pid), re.MULTILINE)
+    assert [int(bits, 16) for bits in capabilities] == [0, 0, 0]
+    kubelet.admit("a", {OFFLINE: 3})
+    assert [entry["owner"]["container"] for entry in plugin.allocations()["allocations"]] == ["a"]
+
+
+def _status(pid: int) -> str:
+    return Path(f"/proc/{pid}/status").read_text()
 
 
 def test_metrics_and_health(kubelet: FakeKubelet, agent: FakeAgent, plugin: Plugin, until: Until) -> None:

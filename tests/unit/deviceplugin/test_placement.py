@@ -32,6 +32,7 @@ def ids(name: str, *ranges: range) -> list[str]:
         ("beside online before best fit", 4, [gpu("A", 8, 8, True), gpu("B", 4)], {}, {}, Choice("A", 0)),
         ("a fit before online", 9, [gpu("A", 8, 8, True), gpu("B", 16)], {}, {}, Choice("B", 0)),
         ("an exact fit is a fit", 8, [gpu("A", 8), gpu("B", 7)], {}, {}, Choice("A", 0)),
+        ("best fit among those that fit", 4, [gpu("A", 3), gpu("B", 8), gpu("C", 5)], {}, {}, Choice("C", 0)),
         ("equal: by name", 4, [gpu("B", 8), gpu("A", 8)], {}, {}, Choice("A", 0)),
         ("all ids of one GPU", 4, [gpu("A", 8, 8, True), gpu("B", 16)], {}, {"B": 4}, Choice("B", 0)),
         ("unless it is full", 4, [gpu("A", 8), gpu("B", 8)], {"B": 6}, {"B": 4}, Choice("A", 0)),

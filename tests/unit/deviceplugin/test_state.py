@@ -92,6 +92,16 @@ def test_a_gpu_that_its_agent_has_lost(rig: Rig) -> None:
     assert [d.id for d in rig.node.devices(RESOURCE_ONLINE_GPU)[1]] == ["A-seat"]
 
 
+def test_ids_that_come_again_have_not_been_absent(rig: Rig) -> None:
+    """Their pod ended unseen, the next one got the same ids, and the kubelet does not list it yet."""
+    rig.node.observe([report("A", 2, 2)])
+    for patience_s in (20, 20, 31):
+        rig.node.allocate(RESOURCE_OFFLINE_MEMORY, frozenset({"A-0000"}))
+        assert not rig.node.reconcile({}, may_release=True).released
+        rig.now_s += patience_s
+    assert len(rig.node.reconcile({}, may_release=True).released) == 1
+
+
 def test_time_alone_ends_what_is_lent(rig: Rig) -> None:
     rig.node.observe([report("A", 4, 4)])
     rig.now_s += 31
