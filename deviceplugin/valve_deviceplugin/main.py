@@ -119,13 +119,6 @@ def install_runtime(arguments: argparse.Namespace) -> int:
 
 
 def serve(arguments: argparse.Namespace) -> int:
-    log = Log(sys.stderr, arguments.log_level)
-    metrics = Metrics()
-    timing = Timing(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(Timing)})
-    node = Node(
-        Store(arguments.state_dir), log, metrics, arguments.library, timing, time.monotonic, time.time
-    )
-    metrics.watch(node)
     stop = threading.Event()
 
     def end(_number: int, _frame: FrameType | None) -> None:
@@ -133,6 +126,13 @@ def serve(arguments: argparse.Namespace) -> int:
 
     signal.signal(signal.SIGTERM, end)
     signal.signal(signal.SIGINT, end)
+    log = Log(sys.stderr, arguments.log_level)
+    metrics = Metrics()
+    timing = Timing(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(Timing)})
+    node = Node(
+        Store(arguments.state_dir), log, metrics, arguments.library, timing, time.monotonic, time.time
+    )
+    metrics.watch(node)
     pods = PodResources(
         arguments.pod_resources or arguments.kubelet_dir / "pod-resources" / "kubelet.sock", RESOURCES
     )

@@ -53,7 +53,10 @@ class Endpoint:
         self._server: grpc.Server | None = None
         self._own: Identity | None = None
         self._kubelet: Identity | None = None
-        self._registered_s = 0.0
+        self._known = False
+        """whether any kubelet has ever accepted us"""
+        self._heard_s = 0.0
+        """when the kubelet was last seen to listen, or accepted us"""
         self._retry_s = 0.0
         self.problem = "not registered yet"
         """Why the kubelet does not know us; empty when it does."""
@@ -77,7 +80,7 @@ class Endpoint:
             self._kubelet = None
             self._say(str(error))
             return
-        self._kubelet, self._registered_s = kubelet, time.monotonic()
+        self._kubelet, self._known, self._heard_s = kubelet, True, time.monotonic()
         self._on_register()
         self._metrics.registered(self.plugin.resource)
         self._log.emit("register", resource=self.plugin.resource, why=why)
@@ -93,22 +96,24 @@ class Endpoint:
 
     def _why_again(self, kubelet: Identity, now_s: float) -> str:
         if self._kubelet is None:
-            return "first registration" if not self._registered_s else "the kubelet is back"
+            return "the kubelet is back" if self._known else "first registration"
         if kubelet != self._kubelet:
             return "the kubelet has started"
         if self._server is None or identity_of(self._folder / self._name) != self._own:
             return "our socket is gone"
         if self.plugin.watched:
-            self._registered_s = now_s
-            return ""
-        return "the kubelet does not listen" if now_s - self._registered_s > self._listen_s else ""
+            self._heard_s = now_s
+        return "the kubelet does not listen" if now_s - self._heard_s > self._listen_s else ""
 
     def _serve(self) -> None:
-        """A new server at a new socket. Raises KubeletError, OSError."""
+        """A new server at our socket. gRPC removes the path that a server was bound to when it gets to it, so
+        that is another one, and renamed. Raises KubeletError, OSError."""
         if self._server is not None:
             self._server.stop(None)
+            self._server = None
         path = self._folder / self._name
-        path.unlink(missing_ok=True)
+        bound = self._folder / f".{self._name}.new"
+        bound.unlink(missing_ok=True)
         server = grpc.server(
             futures.ThreadPoolExecutor(_THREADS, thread_name_prefix=self._name),
             handlers=[calls.plugin_handler(self.plugin)],
@@ -118,8 +123,10 @@ class Endpoint:
             ],
         )
         try:
-            server.add_insecure_port(f"unix:{path}")
-        except RuntimeError as error:
+            server.add_insecure_port(f"unix:{bound}")
+            os.rename(bound, path)
+        except (RuntimeError, OSError) as error:
+            server.stop(None)
             raise KubeletError(f"cannot listen at {path}: {error}") from error
         server.start()
         self._server, self._own = server, identity_of(path)

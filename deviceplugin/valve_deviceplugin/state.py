@@ -65,7 +65,7 @@ class Node:
         self._reported: set[str] | None = None
         self._lending: dict[str, Lending] = {}
         self._online: set[str] = set()
-        self._absences = Absences()
+        self._absences = Absences(timing.gone_after, timing.release_after)
         self._lists: dict[str, list[Device]] = {resource: [] for resource in RESOURCES}
         self._versions = dict.fromkeys(RESOURCES, 0)
         with self._changed:
@@ -142,6 +142,7 @@ class Node:
             make = units.allocate_seats if resource == RESOURCE_ONLINE_GPU else units.allocate_units
             made = make(self._ledger, resource, tokens, gpus, now_s=self._wall(), library=self._library)
             entry = made.entry
+            self._absences.allocated(entry.id)
             outcome = "short" if entry.shortage else "remapped" if made.remapped else "ok"
             self._counts.allocated(resource, "repeated" if made.repeated else outcome)
             self._log.emit(
@@ -158,7 +159,7 @@ class Node:
         with self._changed:
             changes = reconcile(
                 self._ledger, listing, self._absences, self._seen(), seats=RESOURCE_ONLINE_GPU,
-                now_s=self._wall(), release_after_s=self._timing.release_after, may_release=may_release,
+                now_s=self._clock(), at_s=self._wall(), may_release=may_release,
                 library=self._library,
             )  # fmt: skip
             for what in ("owned", "adopted", "released"):

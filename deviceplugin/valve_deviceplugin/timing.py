@@ -12,8 +12,11 @@ class Timing:
 
     stand: float = field(default=10.0, metadata={"help": "how long more must be lendable before it is lent"})
     grace: float = field(default=30.0, metadata={"help": "how long the agent may be silent"})
+    gone_after: float = field(
+        default=3.0, metadata={"help": "how long the kubelet must not list a container that it has listed"}
+    )
     release_after: float = field(
-        default=30.0, metadata={"help": "how long the kubelet must not list a container before it is gone"}
+        default=30.0, metadata={"help": "how long it must not list one that it never has"}
     )
     settle: float = field(
         default=60.0, metadata={"help": "after a kubelet's start, nothing counts as gone for so long"}

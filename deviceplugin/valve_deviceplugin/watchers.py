@@ -23,7 +23,7 @@ from valve_deviceplugin.timing import Timing
 
 AGENT_EVERY_S = 1.0
 AGENT_TIMEOUT_S = 2.0
-LIST_EVERY_S = 5.0
+LIST_EVERY_S = 2.0
 LIST_SOON_S = 0.25
 """While there is a container whose name we do not know."""
 

@@ -46,7 +46,7 @@ class Figures(Collector):
         yield GaugeMetricFamily(f"{prefix}_nodes", "Nodes in the cluster.", len(world.nodes))
         yield GaugeMetricFamily(f"{prefix}_policies", "ColocationPolicies.", len(world.policies))
         yield GaugeMetricFamily(
-            f"{prefix}_slowest_reconcile_seconds", "Longest run of reconcile so far.", self._loop.slowest_s
+            f"{prefix}_slowest_reconcile_seconds", "CPU time of the longest run so far.", self._loop.slowest_s
         )
         requests = CounterMetricFamily(f"{prefix}_requests", "Requests to the API server.", labels=["verb"])
         for verb, count in sorted(self._api.requests.items()):

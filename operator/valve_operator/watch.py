@@ -29,6 +29,20 @@ CONNECT_S: Final = 10
 REQUEST_S: Final = 60
 
 
+class Forgetful(kopf.DiffBaseStorage):
+    """Keeps no past of any object. kopf copies and compares every object it sees for handlers of changes;
+    there are none here, and a thousand agents report all the time."""
+
+    def build(self, *, body: kopf.Body, extra_fields: object = None) -> kopf.BodyEssence:
+        return kopf.BodyEssence()
+
+    def fetch(self, *, body: kopf.Body) -> kopf.BodyEssence | None:
+        return None
+
+    def store(self, *, body: kopf.Body, patch: kopf.Patch, essence: kopf.BodyEssence) -> None:
+        raise AssertionError("kopf stores nothing without handlers of changes")
+
+
 def registry(cache: Cache, made: Configuration, webhook: Webhook | None) -> kopf.OperatorRegistry:
     """Handlers of the watches, of admission where it is served, and the login."""
     handlers = kopf.OperatorRegistry()
@@ -60,6 +74,7 @@ def settings(webhook: Webhook | None) -> kopf.OperatorSettings:
     made.execution.default_backoff = 5
     made.execution.max_workers = 1  # no handler of ours is synchronous
     made.persistence.finalizer = f"{GROUP}/never-used"
+    made.persistence.diffbase_storage = Forgetful()
     made.admission.managed = None  # the chart writes the webhook configurations
     if webhook is not None:
         made.admission.server = webhook.server

@@ -14,6 +14,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import engine_panels
 import pytest
 from engine_process import START_S, environment, valve_run, wait_for
 
@@ -106,7 +107,7 @@ def _healthy(process: subprocess.Popen[bytes], port: int, log: Path) -> bool:
             return False
 
 
-def test_busy_idle_and_memory(server: Server) -> None:
+def test_busy_idle_and_memory(server: Server, tmp_path: Path) -> None:
     """One engine, one story: starting it is what costs."""
     # Started: idle, and no more memory than its floor.
     server.wait_idle()
@@ -159,3 +160,6 @@ def test_busy_idle_and_memory(server: Server) -> None:
     assert {pid: after[pid] - before[pid] for pid in after} == dict.fromkeys(after, 1)
     time.sleep(0.2)
     server.wait_idle()
+
+    # What the dashboards ask of vLLM itself has an answer.
+    engine_panels.check("vllm", server.port, tmp_path, lambda: server.request(max_tokens=16).read())

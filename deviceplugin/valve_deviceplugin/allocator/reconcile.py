@@ -2,9 +2,10 @@
 """The book against what the kubelet says that containers have.
 
 Why it exists: Allocate names no pod and nobody tells a plugin that a pod is gone; both are in the kubelet's
-pod-resources list. The list decides who owns an entry. It ends one only after it has not shown any of the
-entry's ids for `release_after_s`: a container that is being admitted is not listed yet, a non-restartable
-init container never is, and for a while after a kubelet restart nothing is.
+pod-resources list. The list decides who owns an entry. It ends one when it has shown none of its ids for a
+while: a short one if it has shown them before, for then the pod is gone; a long one if it never has, for a
+container that is being admitted is not listed yet and a non-restartable init container never is. While a
+kubelet has just started, its list is incomplete and ends nothing.
 
 Threading model: pure; time is an argument. `Absences` belongs to its caller. Caller: state.py.
 """
@@ -25,9 +26,17 @@ Listing = Mapping[tuple[str, Owner], frozenset[str]]
 
 @dataclass
 class Absences:
-    """Since when which entry has not been listed."""
+    """Since when which entry has not been listed, and how long that may last (seconds)."""
 
+    gone_after_s: float
+    """for an entry whose owner is known"""
+    release_after_s: float
+    """for one that was never listed"""
     since_s: dict[int, float] = field(default_factory=dict)
+
+    def allocated(self, entry_id: int) -> None:
+        """An old entry is a new container's: it has not been absent yet."""
+        self.since_s.pop(entry_id, None)
 
 
 @dataclass
@@ -49,13 +58,14 @@ def reconcile(
     *,
     seats: str,
     now_s: float,
-    release_after_s: float,
+    at_s: float,
     may_release: bool,
     library: str,
 ) -> Changes:
     """Bring the ledger up to the listing. seats: the resource whose ids are GPUs and count no memory.
     may_release: False while the listing may be incomplete (the kubelet has just started); then nothing counts
-    as absent. library: what adopted entries are taken to mount."""
+    as absent. now_s: monotonic; at_s: Unix time, for entries that are made. library: what those are taken to
+    mount."""
     changes = Changes()
     for (resource, owner), tokens in listing.items():
         holders = ledger.holders(resource, tokens)
@@ -65,7 +75,7 @@ def reconcile(
                 ledger.put(entry)
                 changes.owned.append(entry)
             continue
-        adopted = _adopt(ledger, resource, owner, tokens, holders, gpus, seats, now_s, library)
+        adopted = _adopt(ledger, resource, owner, tokens, holders, gpus, seats, at_s, library)
         if adopted is not None:
             ledger.put(adopted)
             changes.adopted.append(adopted)
@@ -75,7 +85,8 @@ def reconcile(
             absences.since_s.pop(entry.id, None)
             continue
         since = absences.since_s.setdefault(entry.id, now_s)
-        if min(now_s - since, now_s - entry.at_s) >= release_after_s:
+        patience_s = absences.release_after_s if entry.owner is None else absences.gone_after_s
+        if now_s - since >= patience_s:
             ledger.drop(entry.id)
             changes.released.append(entry)
     living = {entry.id for entry in ledger}
@@ -86,7 +97,7 @@ def reconcile(
 
 def _adopt(
     ledger: Ledger, resource: str, owner: Owner, tokens: frozenset[str], holders: Sequence[Entry],
-    gpus: Sequence[Gpu], seats: str, now_s: float, library: str,
+    gpus: Sequence[Gpu], seats: str, at_s: float, library: str,
 ) -> Entry | None:  # fmt: skip
     """An entry for what the kubelet says and the book does not, or not so. None: on no GPU that we know."""
     named = named_gpus(tokens, gpus)
@@ -105,4 +116,4 @@ def _adopt(
     if not places:
         return None
     mounted = next((entry.library for entry in holders if entry.library), library)
-    return Entry(ledger.new_id(), resource, places, units, tokens, owner, 0, mounted, now_s)
+    return Entry(ledger.new_id(), resource, places, units, tokens, owner, 0, mounted, at_s)

@@ -51,9 +51,9 @@ def short_names(gpus: Iterable[str], known: Mapping[str, str]) -> dict[str, str]
         whole = match[1] if match else re.sub(r"[^A-Za-z0-9.-]", "-", gpu)
         taken = set(names.values())
         lengths = range(_SHORT_MIN if match else len(whole), _SHORT_MAX + 1)
+        free = (whole[:length] for length in lengths if whole[:length] not in taken)
         names[gpu] = next(
-            (whole[:length] for length in lengths if whole[:length] not in taken),
-            f"{whole[:_SHORT_MIN]}.{len(taken)}",
+            (short for short in free if not short.endswith("-")), f"{whole[:_SHORT_MIN]}.{len(taken)}"
         )
     return names
 

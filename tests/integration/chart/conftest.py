@@ -4,10 +4,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
-from helm_chart import CHART, NAMESPACE, RELEASE, helm
+from helm_chart import install, uninstall
 
 from e2e.cluster.control_plane import ControlPlane
 from e2e.cluster.errors import MissingError
@@ -30,16 +29,3 @@ def installed(bare_plane: ControlPlane) -> Iterator[ControlPlane]:
     install(bare_plane)
     yield bare_plane
     uninstall(bare_plane)
-
-
-def install(plane: ControlPlane, *arguments: str | Path, chart: Path = CHART) -> str:
-    return helm(
-        "install", RELEASE, chart, "-n", NAMESPACE, "--create-namespace", *arguments,
-        kubeconfig=plane.kubeconfig,
-    )  # fmt: skip
-
-
-def uninstall(plane: ControlPlane) -> str:
-    output = helm("uninstall", RELEASE, "-n", NAMESPACE, "--wait", kubeconfig=plane.kubeconfig)
-    plane.kubectl("delete", "crd", "-l", "app.kubernetes.io/part-of=valve", "--ignore-not-found")
-    return output

@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from e2e.cluster.control_plane import ControlPlane
 from e2e.cluster.programs import program
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -82,3 +83,20 @@ def workloads(objects: Sequence[Object]) -> Iterator[tuple[str, Object]]:
 
 def containers(spec: Object) -> list[Object]:
     return [*spec.get("initContainers", []), *spec["containers"]]
+
+
+def install(plane: ControlPlane, *arguments: str | Path, chart: Path = CHART) -> str:
+    """`helm install valve charts/valve -n valve-system --create-namespace ARGUMENTS`."""
+    return helm(
+        "install", RELEASE, chart, "-n", NAMESPACE, "--create-namespace", *arguments,
+        kubeconfig=plane.kubeconfig,
+    )  # fmt: skip
+
+
+def uninstall(plane: ControlPlane) -> str:
+    """The release, if there is one, and the CRDs that it keeps."""
+    output = helm(
+        "uninstall", RELEASE, "-n", NAMESPACE, "--wait", "--ignore-not-found", kubeconfig=plane.kubeconfig
+    )
+    plane.kubectl("delete", "crd", "-l", "app.kubernetes.io/part-of=valve", "--ignore-not-found")
+    return output

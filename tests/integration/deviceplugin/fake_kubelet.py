@@ -66,7 +66,7 @@ class FakeKubelet:
         self._changed = threading.Condition()
         self._servers: list[grpc.Server] = []
         for path in (self.plugins, self.pod_resources.parent):
-            path.mkdir(parents=True, exist_ok=True)
+            path.mkdir(mode=0o750, parents=True, exist_ok=True)
 
     def start(self) -> None:
         """Delete every socket, then listen."""
@@ -235,11 +235,11 @@ class FakeKubelet:
                     resource.lists.append(answer)
                     resource.devices = {d.ID: d.health == calls.HEALTHY for d in answer.devices}
                     self._changed.notify_all()
-        except (grpc.RpcError, ValueError) as error:
-            with self._changed:
-                resource.error = error if isinstance(error, grpc.RpcError) else None
-                resource.devices = dict.fromkeys(resource.devices, False)
-                self._changed.notify_all()
+        except (grpc.RpcError, ValueError) as error:  # ValueError: our own channel is closed
+            resource.error = error if isinstance(error, grpc.RpcError) else None
+        with self._changed:
+            resource.devices = dict.fromkeys(resource.devices, False)
+            self._changed.notify_all()
 
     def _list(
         self, _request: pr.ListPodResourcesRequest, _context: grpc.ServicerContext

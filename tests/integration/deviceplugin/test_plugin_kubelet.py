@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import json
 import signal
+import time
 from collections.abc import Callable
 
 import pytest
-from conftest import GPU_A, GPU_B, FakeAgent, Plugin
+from device_node import GPU_A, GPU_B, FakeAgent, Plugin
 from fake_kubelet import FakeKubelet
 
 ONLINE, OFFLINE = "valve.io/online-gpu", "valve.io/offline-memory-gib"
@@ -185,6 +186,19 @@ def test_a_kubelet_that_cannot_take_the_list_is_registered_with_again(
     kubelet.wait(lambda: kubelet.registrations.count(OFFLINE) >= 2, "a second registration")
     kubelet.receive_bytes_max = 4 << 20
     ready(kubelet)
+
+
+def test_its_socket_is_lost(kubelet: FakeKubelet, agent: FakeAgent, plugin: Plugin) -> None:
+    """One new registration, and the end of the old server does not take the new socket with it."""
+    plugin.start()
+    ready(kubelet)
+    (kubelet.plugins / "valve-offline.sock").unlink()
+    kubelet.wait(lambda: kubelet.registrations.count(OFFLINE) == 2, "registered again")
+    ready(kubelet)
+    time.sleep(1.5)
+    assert kubelet.registrations.count(OFFLINE) == 2
+    assert kubelet.registrations.count(ONLINE) == 1
+    assert kubelet.admit("a", {OFFLINE: 1}).ids
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

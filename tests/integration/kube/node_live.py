@@ -59,6 +59,8 @@ class NodeAgent(LiveAgent):
         self.places = Node(folder / "node")
         self._kubeconfig = kubeconfig
         self._cgroup: Path | None = None
+        self.tenants: list[PodTenant] = []
+        """Ended before their cgroups are removed, whoever else ends them."""
 
     def source(self) -> tuple[str, ...]:
         return (
@@ -73,6 +75,8 @@ class NodeAgent(LiveAgent):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        for tenant in self.tenants:
+            tenant.close()
         self.stop()
         self.kubelet.stop()
         if self._cgroup is not None:
@@ -107,6 +111,7 @@ class PodTenant(LiveTenant):
         words = [f"{key}={value}" for key, value in given.items()]
         command = ["sh", "-c", enter, "env", *words, sys.executable, str(TENANT)]
         self._spawn(str(name), command, os.environ)
+        agent.tenants.append(self)
         agent.places.link(name.namespace, name.pod, name.container, self.uid, container_id)
 
     @property

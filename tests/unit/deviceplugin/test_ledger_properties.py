@@ -22,7 +22,7 @@ from valve_deviceplugin.allocator.placement import Gpu, room
 from valve_deviceplugin.allocator.reconcile import Absences, reconcile
 
 MEMORY, SEATS = "memory", "seats"
-SETTLED_S = 30.0
+GONE_S, SETTLED_S = 3.0, 30.0
 
 
 @dataclass
@@ -41,7 +41,7 @@ class Node(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.ledger = Ledger()
-        self.absences = Absences()
+        self.absences = Absences(GONE_S, SETTLED_S)
         self.containers: list[Container] = []
         self.now_s = 1000.0
         self.pods = 0
@@ -66,6 +66,7 @@ class Node(RuleBasedStateMachine):
             self.ledger, MEMORY, ids, self.gpus, now_s=self.now_s, library="/opt/valve/1"
         )
         entry = made.entry
+        self.absences.allocated(entry.id)
         assert len(entry.gpus) == 1
         assert entry.tokens == ids
         assert entry.units == len(ids)
@@ -140,7 +141,7 @@ class Node(RuleBasedStateMachine):
         before = {entry.id for entry in self.ledger}
         reconcile(
             self.ledger, listing, self.absences, self.gpus, seats=SEATS, now_s=self.now_s,
-            release_after_s=SETTLED_S, may_release=may_release, library="/opt/valve/1",
+            at_s=self.now_s, may_release=may_release, library="/opt/valve/1",
         )  # fmt: skip
         assert may_release or before <= {entry.id for entry in self.ledger}
         for container in self.containers:
@@ -156,7 +157,7 @@ class Node(RuleBasedStateMachine):
         read, known = document.read(json.loads(text))
         assert list(read) == list(self.ledger)
         assert [gpu.id for gpu in known] == [gpu.id for gpu in self.gpus]
-        self.ledger, self.absences = read, Absences()
+        self.ledger, self.absences = read, Absences(GONE_S, SETTLED_S)
 
     @invariant()
     def no_id_twice(self) -> None:
