@@ -8,7 +8,9 @@ disturb the scenarios that measure.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Generator, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -19,9 +21,15 @@ from e2e.cluster.foreign import ForeignCluster
 from e2e.cluster.images import small
 from e2e.cluster.kubectl import Kubectl
 from e2e.cluster.node import Node
+from e2e.scenarios.kubernetes import product
+from e2e.scenarios.kubernetes.plugin_rig import PluginRig
+from e2e.scenarios.kubernetes.shop import Shop
 
 FOLDER = Path(__file__).parent
+ROOT = FOLDER.parents[2]
 FOREIGN = os.environ.get("VALVE_KUBECONFIG", "")
+started = ExitStack()
+"""What to end when the folder's last test has run, latest first."""
 running: list[Cluster | ForeignCluster] = []
 
 
@@ -40,11 +48,11 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster | Fore
             for name in small.ALL:
                 running[0].load_image(small.write(name, folder))
         else:
-            running.append(Cluster(logs=tmp_path_factory.mktemp("cluster-logs")))
+            running.append(started.enter_context(Cluster(logs=tmp_path_factory.mktemp("cluster-logs"))))
     except MissingError as error:
         pytest.skip(str(error))
     yield running[0]
-    stop()
+    started.close()
 
 
 @pytest.fixture
@@ -62,6 +70,41 @@ def own_node(cluster: Cluster | ForeignCluster) -> Node:
     return cluster.nodes[0]
 
 
+@pytest.fixture(scope="module")
+def plugin_rig(cluster: Cluster | ForeignCluster) -> Iterator[PluginRig]:
+    if isinstance(cluster, ForeignCluster):
+        pytest.skip("stops the kubelet: only on the cluster these tests start (unset VALVE_KUBECONFIG)")
+    if not (ROOT / "build/runtime/lib").exists():
+        pytest.skip("build/runtime is missing: run `make runtime`")
+    rig = PluginRig(cluster.nodes[0], cluster.kubectl, Path(sys.executable))
+    yield rig
+    rig.close()
+
+
+@pytest.fixture(scope="session")
+def installed(cluster: Cluster | ForeignCluster) -> None:
+    """Valve, by its chart, with a policy for the cluster's nodes."""
+    for path in ("build/engines/bin/python", "build/model/config.json", "build/runtime/lib"):
+        if not (ROOT / path).exists():
+            pytest.skip(f"{path} is missing: run `make e2e`, which builds it")
+    product.install(cluster)
+
+
+@pytest.fixture(scope="session")
+def shop(cluster: Cluster | ForeignCluster, installed: None) -> Shop:
+    """An online and an offline engine in pods that share the node's device."""
+    if isinstance(cluster, ForeignCluster):
+        pytest.skip("reads a node's cgroups: only on the cluster these tests start (unset VALVE_KUBECONFIG)")
+    return Shop(cluster.kubectl, cluster.nodes[0])
+
+
+@pytest.fixture
+def rig(plugin_rig: PluginRig) -> PluginRig:
+    """The device plugin on the node, everything running and all memory lent."""
+    plugin_rig.settle()
+    return plugin_rig
+
+
 @pytest.fixture
 def namespace(kubectl: Kubectl, request: pytest.FixtureRequest) -> Iterator[str]:
     """A namespace of the test's own; deleted with everything in it."""
@@ -73,15 +116,11 @@ def namespace(kubectl: Kubectl, request: pytest.FixtureRequest) -> Iterator[str]
     kubectl("delete", "namespace", name, "--wait=false")
 
 
-def stop() -> None:
-    while running:
-        running.pop().close()
-
-
-def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> Generator[None] | None:
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
     if nextitem is None or not nextitem.path.is_relative_to(FOLDER):
-        stop()
-    return None
+        running.clear()
+        started.close()
 
 
 @pytest.hookimpl(wrapper=True)

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Valve on a cluster as an administrator puts it there: images, `helm install`, a policy. And off again."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from e2e.cluster.cluster import Cluster
+from e2e.cluster.foreign import ForeignCluster
+from e2e.cluster.images import product
+from e2e.cluster.programs import program
+
+ROOT = Path(__file__).resolve().parents[3]
+NAMESPACE = "valve-system"
+LABEL = "valve.io/e2e"
+NODE_READY_S = 90
+POLICY: dict[str, Any] = {
+    "apiVersion": "valve.io/v1alpha1",
+    "kind": "ColocationPolicy",
+    "metadata": {"name": "e2e"},
+    "spec": {
+        "nodeSelector": {LABEL: "true"},
+        "cpuDevice": {"memory": "1152Mi"},
+        "compute": {"lease": "2s", "recoveryGrace": "500ms", "cooldown": {"min": "5ms", "max": "100ms"}},
+        "memory": {"slabSize": "32Mi", "reservation": {"min": "64Mi", "max": "128Mi", "quietPeriod": "10s"}},
+        "offline": {"defaultMemory": "100%"},
+    },
+}
+"""A device of 36 slabs: a GiB for offline, and so little beside it that online soon takes some back."""
+
+
+def helm(cluster: Cluster | ForeignCluster, *arguments: str | Path) -> str:
+    """Run helm. Raises AssertionError with what it printed."""
+    done = subprocess.run(
+        [program("helm"), f"--kubeconfig={cluster.kubeconfig}", *arguments], capture_output=True, text=True,
+        check=False, timeout=180,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def install(cluster: Cluster | ForeignCluster) -> None:
+    """Returns when the operator answers and the policy's node offers both resources."""
+    cluster.load_image(product.build())
+    kubectl = cluster.kubectl
+    kubectl("label", "node", "--all", f"{LABEL}=true", "--overwrite")
+    helm(
+        cluster, "install", "valve", ROOT / "charts/valve", "-n", NAMESPACE, "--create-namespace", "--wait",
+        "--timeout=120s", f"--set=image.registry={product.REGISTRY},operator.replicas=1,agent.device=cpu",
+        "--set=devicePlugin.injection=cdi",
+    )  # fmt: skip
+    kubectl.apply(POLICY)
+
+    def offers(nodes: dict[str, Any]) -> bool:
+        found = [
+            node["status"]["allocatable"] for node in nodes["items"] if LABEL in node["metadata"]["labels"]
+        ]
+        return all(
+            int(node.get("valve.io/online-gpu", 0)) == 1
+            and int(node.get("valve.io/offline-memory-gib", 0)) == 1
+            for node in found
+        )
+
+    kubectl.until("every node offers a seat and a GiB", ["nodes"], offers, NODE_READY_S)
+
+
+def uninstall(cluster: Cluster | ForeignCluster) -> None:
+    cluster.kubectl("delete", "colo", "--all", "--wait=false")
+    helm(cluster, "uninstall", "valve", "-n", NAMESPACE, "--wait", "--timeout=90s")
