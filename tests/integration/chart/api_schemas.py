@@ -10,10 +10,11 @@ Threading model: none of its own. Called by conftest.py.
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
-from e2e.cluster.kubectl import Kubectl
+from e2e.cluster.kubectl import Kubectl, Refused
 
 GVK = "x-kubernetes-group-version-kind"
 OPEN = ("additionalProperties", "x-kubernetes-preserve-unknown-fields")
@@ -23,10 +24,8 @@ IGNORED = ("default", "format")
 
 def write(kubectl: Kubectl, folder: Path) -> str:
     """One file per kind below `folder`; the -schema-location for kubeconform."""
-    index = json.loads(kubectl("get", "--raw", "/openapi/v3"))["paths"]
-    for path in sorted(index):
+    for path, document in sorted(documents(kubectl).items()):
         if path == "api/v1" or path.startswith("apis/"):
-            document = json.loads(kubectl("get", "--raw", f"/openapi/v3/{path}"))
             schemas = document.get("components", {}).get("schemas", {})
             components = {"components": {"schemas": {name: closed(each) for name, each in schemas.items()}}}
             for name, schema in schemas.items():
@@ -35,6 +34,20 @@ def write(kubectl: Kubectl, folder: Path) -> str:
                         file = folder / file_name(kind)
                         file.write_text(json.dumps({"$ref": f"#/components/schemas/{name}", **components}))
     return f"{folder}/{{{{ .ResourceKind }}}}_{{{{ .Group }}}}_{{{{ .ResourceAPIVersion }}}}.json"
+
+
+def documents(kubectl: Kubectl) -> dict[str, Any]:
+    """Path -> document. For seconds after a CRD came or went the index and what it names disagree; then it
+    is read again, for up to a minute. Raises Refused."""
+    deadline = time.monotonic() + 60
+    while True:
+        index = json.loads(kubectl("get", "--raw", "/openapi/v3"))["paths"]
+        try:
+            return {path: json.loads(kubectl("get", "--raw", f"/openapi/v3/{path}")) for path in index}
+        except Refused:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(1)
 
 
 def file_name(kind: dict[str, str]) -> str:
