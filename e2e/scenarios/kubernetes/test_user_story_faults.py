@@ -91,7 +91,7 @@ def test_online_never_notices_that_the_api_is_down(shop: Shop, cluster: Cluster)
     assert not load.failures
     assert worked_s > 0, "offline works on between the requests"
     shop.untouched()
-    shop.more_rounds()
+    shop.more_rounds(timeout_s=300)
     assert all(tokens == shop.rounds()[0] for tokens in shop.rounds())
 
 
