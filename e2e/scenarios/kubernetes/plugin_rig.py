@@ -34,7 +34,7 @@ MEMORY_GIB = 8
 GPUS = ("GPU-aaaaaaaa-0000-0000-0000-000000000000", "GPU-bbbbbbbb-0000-0000-0000-000000000000")
 TOTAL = MEMORY_GIB * len(GPUS)
 SAY = "env | grep ^VALVE_ | sort; echo end; trap 'exit 0' TERM; "
-STARTED = '"event": "start"'
+STARTED, REGISTERED = '"event": "start"', '"event": "register"'
 FOREVER = SAY + "while :; do sleep 0.1; done"
 """Says what it was given; ends when it is sent SIGTERM, which is how a test restarts it."""
 BRIEFLY = SAY + "sleep 1"
@@ -49,7 +49,7 @@ class AgentStandIn:
         self._server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._server.bind(str(path))
         self._server.listen(8)
-        self._thread = threading.Thread(target=self._serve, name="agent-stand-in")
+        self._thread = threading.Thread(target=self._serve, name="agent-stand-in", daemon=True)
         self._thread.start()
 
     def _serve(self) -> None:
@@ -94,14 +94,18 @@ class PluginRig:
         return self.node.supervisor.start(f"device-plugin-{name}", command, self._environment)
 
     def _start(self) -> Program:
-        log = self.node.supervisor.logs / "device-plugin-serve.log"
-        count = log.read_text().count(STARTED) if log.exists() else 0  # another rig's
+        count = self._logged(STARTED)
         plugin = self._run(
             "serve", f"--library={self.library}", f"--node={self.node.name}", "--injection=cdi",
             "--stand=0.5", "--grace=5", "--settle=3", "--release-after=1",
         )  # fmt: skip
-        plugin.until("it served", lambda: plugin.log.read_text().count(STARTED) > count, 20)
+        plugin.until("it served", lambda: self._logged(STARTED) > count, 20)
         return plugin
+
+    def _logged(self, event: str) -> int:
+        """How often the plugin has written this, those of earlier rigs on the node included."""
+        log = self.node.supervisor.logs / "device-plugin-serve.log"
+        return log.read_text().count(event) if log.exists() else 0
 
     def close(self) -> None:
         """What it wrote on the node goes too, as if it had not been there."""
@@ -118,9 +122,9 @@ class PluginRig:
 
     def start_plugin(self) -> None:
         """Returns when it serves, so that a stop that follows is a stop and not an interrupted start."""
-        count = self.plugin.log.read_text().count(STARTED)
+        count = self._logged(STARTED)
         self.plugin.restart()
-        self.plugin.until("it served", lambda: self.plugin.log.read_text().count(STARTED) > count, 20)
+        self.plugin.until("it served", lambda: self._logged(STARTED) > count, 20)
 
     def kubelet_ready(self) -> None:
         """Wait until the kubelet answers about pods."""
@@ -139,14 +143,11 @@ class PluginRig:
 
         A pod that comes in between is rejected by the kubelet, ours or any other plugin's.
         """
-        count = self._registrations()
+        count = self._logged(REGISTERED)
         (start or self.node.start_kubelet)()
         self.kubelet_ready()
         if self.plugin.returncode() is None:
-            wait_for("both resources are registered", lambda: self._registrations() >= count + 2, 30)
-
-    def _registrations(self) -> int:
-        return self.plugin.log.read_text().count('"event": "register"')
+            wait_for("both resources are registered", lambda: self._logged(REGISTERED) >= count + 2, 30)
 
     def reboot(self) -> None:
         """The node comes back without the device plugin, with an agent; returns when the kubelet answers."""

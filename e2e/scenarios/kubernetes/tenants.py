@@ -145,7 +145,7 @@ class Load:
     def __init__(self, address: str, tokens: int = 12) -> None:
         self._address, self._tokens = address, tokens
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="load")
+        self._thread = threading.Thread(target=self._run, name="load", daemon=True)
         self.answered = 0
         self.failures: list[str] = []
 

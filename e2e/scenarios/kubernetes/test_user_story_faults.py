@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What breaks around a running pair of pods, under load: no online request fails and no pod restarts.
+
+Device: cpu. After the fault offline works on and still writes the same tokens. The uninstall comes last: it
+ends the installation that the others use. Gap: two operators and their failover are in
+tests/integration/operator.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import pytest
+
+from e2e.cluster.cluster import Cluster
+from e2e.scenarios.kubernetes import product
+from e2e.scenarios.kubernetes.shop import Shop
+from e2e.scenarios.kubernetes.tenants import Load
+
+DOWN_S = 20
+pytestmark = pytest.mark.timeout(600)
+
+
+def restart_kubelet(shop: Shop) -> None:
+    shop.node.restart_kubelet()
+
+
+def kill(component: str) -> Callable[[Shop], None]:
+    """Delete the component's pods without grace, and wait until others are ready."""
+
+    def fault(shop: Shop) -> None:
+        chosen = ["pods", "-n", product.NAMESPACE, "-l", f"app.kubernetes.io/component={component}"]
+        old = {pod["metadata"]["uid"] for pod in shop.kubectl.items(*chosen)}
+        assert old, f"no pod of {component}"
+        shop.kubectl("delete", *chosen, "--grace-period=0", "--force")
+
+        def replaced(found: dict[str, list[dict[str, dict[str, str]]]]) -> bool:
+            pods = found["items"]
+            return bool(pods) and all(
+                pod["metadata"]["uid"] not in old
+                and all(
+                    status["ready"] for status in pod["status"].get("containerStatuses", [{"ready": False}])
+                )
+                for pod in pods
+            )
+
+        shop.kubectl.until(f"another {component} is ready", chosen, replaced, 90)
+
+    return fault
+
+
+@pytest.mark.parametrize(
+    ("description", "fault"),
+    [
+        ("the kubelet is restarted", restart_kubelet),
+        ("the device plugin is killed", kill("device-plugin")),
+        ("the agent is killed", kill("agent")),
+        ("the operator is killed", kill("operator")),
+    ],
+)
+def test_online_never_notices(shop: Shop, description: str, fault: Callable[[Shop], None]) -> None:
+    with Load(shop.address) as load:
+        load.more()
+        fault(shop)
+        load.more()
+    assert not load.failures, description
+    shop.untouched()
+    shop.more_rounds()
+    assert all(tokens == shop.rounds()[0] for tokens in shop.rounds())
+    amounts = ("valve.io/online-gpu", "valve.io/offline-memory-gib")
+    shop.kubectl.until(
+        "both resources are offered", ["node", shop.node.name],
+        lambda node: all(node["status"]["allocatable"].get(name) == "1" for name in amounts),
+    )  # fmt: skip
+    shop.kubectl.until(
+        "both tenants are reported", ["colonode", shop.node.name],
+        lambda node: len(node["status"]["gpus"][0]["tenants"]) == 2,
+    )  # fmt: skip
+
+
+def test_online_never_notices_that_the_api_is_down(shop: Shop, cluster: Cluster) -> None:
+    with Load(shop.address) as load:
+        load.more()
+        before = shop.batch_cpu_s()
+        cluster.plane.apiserver.kill()
+        time.sleep(DOWN_S)
+        worked_s = shop.batch_cpu_s() - before
+        cluster.plane.restart_apiserver()
+        load.more()
+    assert not load.failures
+    assert worked_s > 0, "offline works on between the requests"
+    shop.untouched()
+    shop.more_rounds(timeout_s=300)
+    assert all(tokens == shop.rounds()[0] for tokens in shop.rounds())
+
+
+def test_online_never_notices_an_uninstall(shop: Shop, cluster: Cluster) -> None:
+    with Load(shop.address) as load:
+        load.more()
+        product.uninstall(cluster)
+        load.more(4)
+    assert not load.failures
+    shop.untouched()
