@@ -8,8 +8,11 @@ A lane that cannot run is skipped with its reason on a user's machine and fails 
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections import Counter
-from collections.abc import Generator
+from collections.abc import Callable, Generator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -26,6 +29,8 @@ LANES = {
 CI = os.environ.get("CI") == "true"
 counts: dict[str, Counter[str]] = {lane: Counter() for lane in LANES}
 lane_of_item: dict[str, str] = {}
+ending: dict[Path, ExitStack] = {}
+"""What ends with a folder's last test; a later folder lies inside an earlier one or beside it."""
 
 
 def lane_of(path: Path) -> str:
@@ -53,6 +58,35 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = kept
     if left_out:
         config.hook.pytest_deselected(items=left_out)
+
+
+@pytest.fixture(scope="session")
+def runtime() -> Path:
+    """The runtime bundle, built if need be; fails with the builder's sentence without a compiler."""
+    out = ROOT / "build" / "runtime"
+    command = [sys.executable, str(ROOT / "runtime" / "build.py"), "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        pytest.fail(f"libvalve cannot be built: {done.stderr or done.stdout}")
+    return out
+
+
+@pytest.fixture(scope="session")
+def with_folder() -> Callable[[Path], ExitStack]:
+    """with_folder(FOLDER): what is put on this stack ends with the folder's last test.
+
+    For what is shared by a folder's tests and keeps running: a session's fixture would outlive its lane, and
+    an idle control plane disturbs the lanes that measure. Latest first, inner folders before outer ones.
+    """
+    return lambda folder: ending.setdefault(folder, ExitStack())
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    with ExitStack() as over:
+        for folder in list(ending):
+            if nextitem is None or not nextitem.path.is_relative_to(folder):
+                over.push(ending.pop(folder))
 
 
 @pytest.hookimpl(wrapper=True)

@@ -3,6 +3,7 @@
 # What the test cluster needs from the system: runc, CNI plugins, a static busybox, debootstrap, iproute2, openssl.
 # As root on Debian or Ubuntu it installs what is missing; elsewhere it says what to install.
 set -eu
+. "$(dirname "$0")/install-missing.sh"
 missing=
 need() {  # need COMMAND PACKAGE
     PATH="$PATH:/usr/sbin:/sbin" command -v "$1" >/dev/null 2>&1 || missing="$missing $2"
@@ -15,13 +16,4 @@ need nsenter util-linux
 need openssl openssl
 need cc "gcc libc6-dev"
 [ -x /usr/lib/cni/bridge ] || [ -x /opt/cni/bin/bridge ] || missing="$missing containernetworking-plugins"
-[ -z "$missing" ] && exit 0
-if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1; then
-    echo "installing$missing"
-    apt-get update -qq
-    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $missing >/dev/null
-else
-    echo "The test cluster needs:$missing" >&2
-    echo "Install them (Debian, Ubuntu: apt-get install$missing) and run make again." >&2
-    exit 1
-fi
+install_missing "The test cluster" "$missing"

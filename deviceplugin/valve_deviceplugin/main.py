@@ -33,14 +33,16 @@ from valve_deviceplugin.injection import Injection, Runtime, injection
 from valve_deviceplugin.log import LEVELS, Log
 from valve_deviceplugin.metrics import HttpServer, Metrics
 from valve_deviceplugin.plugin import ResourcePlugin
-from valve_deviceplugin.podresources import PodResources
 from valve_deviceplugin.publish import AllocationsSocket
 from valve_deviceplugin.serve import Endpoint
 from valve_deviceplugin.state import RESOURCES, Node
 from valve_deviceplugin.store import Store
 from valve_deviceplugin.timing import Timing
 from valve_deviceplugin.watchers import AgentWatcher, Reconciler
+from valve_kubelet.podresources import PodResources
 
+LIST_TIMEOUT_S = 2.0
+"""A kubelet that has just started is waited for."""
 TURN_S = 0.25
 STALL_S = 60.0
 """A main loop that has not turned for so long is not healthy; a registration may take 15 s."""
@@ -134,8 +136,9 @@ def serve(arguments: argparse.Namespace) -> int:
     )
     metrics.watch(node)
     pods = PodResources(
-        arguments.pod_resources or arguments.kubelet_dir / "pod-resources" / "kubelet.sock", RESOURCES
-    )
+        arguments.pod_resources or arguments.kubelet_dir / "pod-resources" / "kubelet.sock", RESOURCES,
+        timeout_s=LIST_TIMEOUT_S, patient=True,
+    )  # fmt: skip
     with contextlib.ExitStack() as stack:
         reconciler = Reconciler(pods, node, log, metrics, timing)
         published = AllocationsSocket(arguments.state_dir, node, reconciler)

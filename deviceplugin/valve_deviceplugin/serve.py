@@ -23,10 +23,10 @@ from valve_deviceplugin.errors import KubeletError
 from valve_deviceplugin.log import Log
 from valve_deviceplugin.metrics import Metrics
 from valve_deviceplugin.plugin import ResourcePlugin
-from valve_deviceplugin.podresources import reason
 from valve_deviceplugin.timing import Timing
 from valve_kubelet import calls
 from valve_kubelet import deviceplugin_pb2 as dp
+from valve_kubelet.podresources import reason
 
 REGISTER_TIMEOUT_S = 15.0
 """The kubelet connects back to us before it answers, and gives that 10 s."""

@@ -17,9 +17,9 @@ from valve_deviceplugin.agent_status import read_status, reports_of
 from valve_deviceplugin.errors import AgentError, KubeletError
 from valve_deviceplugin.log import Log
 from valve_deviceplugin.metrics import Metrics
-from valve_deviceplugin.podresources import PodResources
 from valve_deviceplugin.state import Node
 from valve_deviceplugin.timing import Timing
+from valve_kubelet.podresources import NoListError, PodResources
 
 AGENT_EVERY_S = 1.0
 AGENT_TIMEOUT_S = 2.0
@@ -93,11 +93,11 @@ class Reconciler:
         with self._lock:
             try:
                 listing = self._pods.listing()
-            except KubeletError as error:
+            except NoListError as error:
                 self._settled_s = None
                 self._metrics.podresources_failed()
                 self._log.changed("pod-resources", str(error), level="warning")
-                raise
+                raise KubeletError(str(error)) from error
             self._log.changed("pod-resources", "")
             if self._settled_s is None:
                 self._settled_s = now_s

@@ -145,6 +145,8 @@ class ControlPlane:
             f"--root-ca-file={self.authority.ca.certificate}", "--leader-elect=false",
             "--bind-address=127.0.0.1", f"--secure-port={self._manager_port}",
             "--node-monitor-period=1s",  # how late a new node's first taint goes
+            # on loopback Nodes have no kubelet: without heartbeats they would be lost within a minute
+            *(["--node-monitor-grace-period=24h"] if self.address == "127.0.0.1" else []),
         ])  # fmt: skip
         scheduler = self._kubeconfig("scheduler", "system:kube-scheduler")
         self.scheduler = self.supervisor.start("kube-scheduler", [

@@ -7,6 +7,10 @@ the World is complete (a World in which half of the nodes are missing would read
 settings"), and every ten minutes after, to drop what is gone. An object that a census misses is looked up
 before it is dropped: it may be younger than the list.
 
+The watch lags behind our own writes: what is older than what we know (metadata.resourceVersion) is left out,
+or a condition would change back and its event be told twice. After etcd was restored from a backup, restart
+the operator, as every controller: versions begin anew there.
+
 All in the event loop's thread. `dirty` is set whenever a view changes; an update that changes none wakes
 nobody.
 """
@@ -44,6 +48,7 @@ class Cache:
             PODS.name: (world.pods, views.pod_view),
             daemonsets.name: (world.daemonsets, views.daemonset_view),
         }
+        self._versions: dict[tuple[str, str], int] = {}
         self.events = 0
 
     def seen(self, kind: str, raw: Mapping[str, Any]) -> None:
@@ -51,6 +56,8 @@ class Cache:
         self.events += 1
         table, view_of = self._tables[kind]
         key = _key(kind, raw["metadata"])
+        if self._outdated(kind, key, raw["metadata"]):
+            return
         view = view_of(raw)
         if view is None:
             self.gone(kind, key)
@@ -65,17 +72,27 @@ class Cache:
 
     def told(self, kind: str, raw: Mapping[str, Any], deleted: bool) -> None:
         """What the watch tells."""
-        if deleted:
-            self.gone(kind, _key(kind, raw["metadata"]))
-        else:
+        key = _key(kind, raw["metadata"])
+        if not deleted:
             self.seen(kind, raw)
+        elif not self._outdated(kind, key, raw["metadata"]):
+            self.gone(kind, key)
 
     def gone(self, kind: str, key: str) -> None:
         """The object does not exist any more. key: name, for pods namespace/name."""
+        self._versions.pop((kind, key), None)
         if kind == COLONODES.name:
             self.world.paused.forget(key)
         if self._tables[kind][0].pop(key, None) is not None:
             self.dirty.set()
+
+    def _outdated(self, kind: str, key: str, meta: Mapping[str, Any]) -> bool:
+        """A newer state of the object is known; else this one becomes the newest."""
+        version = int(meta.get("resourceVersion") or 0)
+        if version < self._versions.get((kind, key), 0):
+            return True
+        self._versions[kind, key] = version
+        return False
 
     async def census(self, api: Api) -> None:
         """Drops what is gone, and finds what the watch has not told. Raises ApiError."""

@@ -43,13 +43,6 @@ def _run(what: str, *command: str | Path) -> str:
 
 
 @pytest.fixture(scope="session")
-def runtime() -> Path:
-    out = ROOT / "build" / "runtime"
-    _run("libvalve", sys.executable, "runtime/build.py", "--out", out)
-    return out
-
-
-@pytest.fixture(scope="session")
 def engine_python() -> Path:
     link = ROOT / "build" / "engines"
     python = link / "bin" / "python"

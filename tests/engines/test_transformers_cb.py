@@ -6,9 +6,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from engine_process import Engine, environment, generate_disturbed, reclaims_in_use, valve_run
+from engine_process import Engine, environment, generate_disturbed, reclaims_in_use
 
-from valve_cli.bench.rig import LiveAgent, LiveTenant
+from valve_cli.bench.rig import LiveAgent, LiveTenant, valve_run
 
 DRIVER = Path(__file__).with_name("transformers_offline.py")
 SUBJECTS = ("rivers", "iron", "bread", "the moon", "a dog", "winter", "trains", "glass")
@@ -31,7 +31,7 @@ def test_outputs_survive_reclaims(
     program = [str(engine_python), "-P", str(DRIVER), "--model", str(model), *options]
     command = valve_run(agent.socket, runtime, "offline", "batch", program)
     request = {"prompts": [f"{preamble}Tell me about {s}." for s in SUBJECTS], "tokens": TOKENS}
-    with Engine(command, tmp_path / "engine.log", environment({"VALVE_FAULT": fault})) as engine:
+    with Engine("engine", command, environment({"VALVE_FAULT": fault}), tmp_path / "engine.log") as engine:
         assert engine.answer()["tenant"]
         calm = engine.ask("generate", **request)["tokens"]
         disturbed = generate_disturbed(engine, thief, 92, times=5, **request)["tokens"]

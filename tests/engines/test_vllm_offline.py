@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_process import Engine, environment, generate_disturbed, reclaims_in_use, valve_run
+from engine_process import Engine, environment, generate_disturbed, reclaims_in_use
 
-from valve_cli.bench.rig import LiveAgent, LiveTenant
+from valve_cli.bench.rig import LiveAgent, LiveTenant, valve_run
 
 DRIVER = Path(__file__).with_name("vllm_offline.py")
 TOPICS = (
@@ -30,7 +30,7 @@ def run_twice(
     agent: LiveAgent, thief: LiveTenant, command: list[str], log: Path, preamble: str = "", **extra: str
 ) -> tuple[list[Any], list[Any]]:
     """Tokens of an undisturbed run and of one that lost memory in use again and again."""
-    with Engine(command, log, environment(extra)) as engine:
+    with Engine("engine", command, environment(extra), log) as engine:
         engine.answer()  # ready
         request = {"prompts": prompts(24, preamble), "tokens": TOKENS}
         calm = engine.ask("generate", **request)["tokens"]

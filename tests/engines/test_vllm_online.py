@@ -16,9 +16,9 @@ from typing import Any
 
 import engine_panels
 import pytest
-from engine_process import START_S, environment, valve_run, wait_for
+from engine_process import START_S, environment
 
-from valve_cli.bench.rig import LiveAgent, RigError
+from valve_cli.bench.rig import LiveAgent, RigError, valve_run, wait_for
 
 FLOOR_BLOCKS = 4
 PROMPT = "Tell me a long story about the sea and the people who live by it. " * 8

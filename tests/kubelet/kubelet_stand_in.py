@@ -7,11 +7,12 @@ from collections.abc import Callable
 from concurrent import futures
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import grpc
 
-from valve_agent.kube import podresources
+from valve_kubelet import calls
+from valve_kubelet import podresources_pb2 as pr
 
 
 class FakeKubelet:
@@ -23,13 +24,14 @@ class FakeKubelet:
         self.pods: list[tuple[str, str, str, dict[str, list[str]]]] = []
         """(namespace, pod, container, resource name -> device ids)"""
         self.before_answer: Callable[[], None] = lambda: None
-        self._messages = podresources.messages()
         self._server: grpc.Server | None = None
 
-    def answer(self, _request: Any, _context: Any) -> Any:
+    def answer(
+        self, _request: pr.ListPodResourcesRequest, _context: grpc.ServicerContext
+    ) -> pr.ListPodResourcesResponse:
         self.calls += 1
         self.before_answer()
-        response = self._messages["ListResponse"]()
+        response = pr.ListPodResourcesResponse()
         for namespace, pod, container, resources in self.pods:
             entry = response.pod_resources.add(namespace=namespace, name=pod)
             entry.containers.add(name="sidecar-without-devices")
@@ -42,16 +44,10 @@ class FakeKubelet:
     def start(self) -> None:
         """Listen; again after `stop`, as a kubelet that restarts."""
         self.path.unlink(missing_ok=True)
-        handler = grpc.unary_unary_rpc_method_handler(
-            self.answer,
-            request_deserializer=self._messages["ListRequest"].FromString,
-            response_serializer=self._messages["ListResponse"].SerializeToString,
-        )
-        service, method = podresources.LIST.strip("/").split("/")
+        service, method = calls.LIST_PODS.path.strip("/").split("/")
+        handlers = {method: calls.unary(calls.LIST_PODS, self.answer)}
         self._server = grpc.server(futures.ThreadPoolExecutor(2))
-        self._server.add_generic_rpc_handlers(
-            (grpc.method_handlers_generic_handler(service, {method: handler}),)
-        )
+        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, handlers),))
         self._server.add_insecure_port(f"unix:{self.path}")
         self._server.start()
 

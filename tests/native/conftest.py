@@ -1,16 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fixtures of the native lane: the library, the victims compiled once, an agent per test."""
+"""Fixtures of the native lane: the library, the victims and the fake NVIDIA driver, each compiled once."""
 
 from __future__ import annotations
 
 import os
+import shutil
+import sys
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
 
 import pytest
 from fake_agent import FakeAgent
 from victims import Victim, build, compile_victim, sanitizer_environment, unrandomized
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "fakenv"))
+import fakenv  # noqa: E402
 
 Start = Callable[..., Victim]
 
@@ -42,6 +48,26 @@ def victim_of(library: Path, tmp_path_factory: pytest.TempPathFactory) -> Callab
         return compile_victim(folder, variant, library)
 
     return compiled
+
+
+@pytest.fixture(scope="session")
+def fakenv_binaries() -> Path:
+    """The fake NVIDIA driver, compiled once."""
+    missing = [tool for tool in ("cc", "make") if not shutil.which(tool)]
+    if missing:
+        pytest.skip(f"the fake NVIDIA driver is compiled for these tests: {' and '.join(missing)} not found")
+    folder = fakenv.build()
+    reason = fakenv.unavailable(folder)
+    if reason:
+        pytest.skip(f"the fake NVIDIA driver cannot run here: {reason}")
+    return folder
+
+
+@pytest.fixture
+def new_machine(fakenv_binaries: Path) -> Iterator[fakenv.NewMachine]:
+    """Makes machines with options; all are gone at the end of the test."""
+    with ExitStack() as stack:
+        yield lambda **options: stack.enter_context(fakenv.Machine(fakenv_binaries, **options))
 
 
 @pytest.fixture

@@ -18,7 +18,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -149,31 +150,23 @@ class LiveAgent:
         return dict(events[0])
 
 
-class LiveTenant:
-    """tenant.py under `valve run`. Use as a context manager."""
+class JsonChild:
+    """A process that is told what to do and answers, one JSON object a line, by stdin and stdout.
+
+    Use as a context manager. log: where its stderr goes, shown when it fails; default: ours.
+    """
+
+    answer_s = ANSWER_S
 
     def __init__(
-        self,
-        agent_socket: Path,
-        runtime: Path,
-        workload: str,
-        *,
-        name: str,
-        memory: str | None = None,
-        environment: Mapping[str, str] | None = None,
+        self, name: str, command: list[str], environment: Mapping[str, str], log: Path | None = None
     ) -> None:
-        command = [
-            sys.executable, "-m", "valve_cli.main", "run", "--workload", workload, "--name", name, "--socket",
-            str(agent_socket), "--runtime", str(runtime), *(["--memory", memory] if memory else []), "--",
-            sys.executable, str(TENANT),
-        ]  # fmt: skip
-        self._spawn(name, command, {**os.environ, **(environment or {})})
-
-    def _spawn(self, name: str, command: list[str], environment: Mapping[str, str]) -> None:
         self.name = name
-        self._launcher = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
-        )
+        self._log = log
+        with log.open("ab") if log else nullcontext() as errors:
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, env=dict(environment)
+            )
         self._buffer = b""
 
     def __enter__(self) -> Self:
@@ -185,69 +178,124 @@ class LiveTenant:
         self.close()
 
     @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def tell(self, do: str, **fields: Any) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps({"do": do, **fields}).encode() + b"\n")
+        self._process.stdin.flush()
+
+    def answered(self, timeout_s: float) -> dict[str, Any] | None:
+        """The next answer, or None if there is none in time. Raises RigError if the process ended."""
+        assert self._process.stdout is not None
+        fd = self._process.stdout.fileno()
+        deadline = time.monotonic() + timeout_s
+        while b"\n" not in self._buffer:
+            if not select.select([fd], [], [], max(0.0, deadline - time.monotonic()))[0]:
+                return None
+            data = os.read(fd, 1 << 20)
+            if not data:
+                raise RigError(f"{self.name} ended{self._said()}")
+            self._buffer += data
+        line, _, self._buffer = self._buffer.partition(b"\n")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def answer(self, timeout_s: float | None = None) -> dict[str, Any]:
+        """Raises RigError if there is none in time: a paused process cannot answer."""
+        wait_s = self.answer_s if timeout_s is None else timeout_s
+        found = self.answered(wait_s)
+        if found is None:
+            raise RigError(f"{self.name} did not answer within {wait_s} s{self._said()}")
+        return found
+
+    def ask(self, do: str, timeout_s: float | None = None, **fields: Any) -> dict[str, Any]:
+        """One command, its answer. Raises RigError."""
+        self.tell(do, **fields)
+        return self.answer(timeout_s)
+
+    def wait(self) -> int:
+        """The exit status."""
+        return self._process.wait(ANSWER_S)
+
+    def close(self) -> None:
+        self.end()
+        for pipe in (self._process.stdin, self._process.stdout):
+            assert pipe is not None
+            pipe.close()
+
+    def end(self) -> None:
+        """Make it end, and wait for that."""
+        if self._process.poll() is None:
+            self._process.kill()
+        self._process.wait()
+
+    def _said(self) -> str:
+        return f":\n{self._log.read_text()[-4000:]}" if self._log else ""
+
+
+class TenantProcess(JsonChild):
+    """tenant.py, however it was started."""
+
+    def answer(self, timeout_s: float | None = None) -> dict[str, Any]:
+        """Raises RigError as well if the tenant refuses."""
+        found = super().answer(timeout_s)
+        if not found.pop("ok"):
+            raise RigError(f"{self.name}: {found['error']}")
+        return found
+
+    def kill(self) -> None:
+        """kill -9 of the tenant itself; a launcher ends by itself."""
+        os.kill(self.pid, signal.SIGKILL)
+        self.wait()
+
+
+class LiveTenant(TenantProcess):
+    """tenant.py under `valve run`."""
+
+    def __init__(
+        self,
+        agent_socket: Path,
+        runtime: Path,
+        workload: str,
+        *,
+        name: str,
+        memory: str | None = None,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        options = ["--memory", memory] if memory else []
+        command = valve_run(agent_socket, runtime, workload, name, [sys.executable, str(TENANT)], options)
+        super().__init__(name, command, {**os.environ, **(environment or {})})
+
+    @property
     def launcher_pid(self) -> int:
-        return self._launcher.pid
+        return self._process.pid
 
     @property
     def pid(self) -> int:
         """The tenant process itself (the launcher's child)."""
+        return int(wait_for(f"{self.name} to start", lambda: next(iter(self._children()), 0)))
 
-        def child() -> int:
-            path = Path(f"/proc/{self._launcher.pid}/task/{self._launcher.pid}/children")
-            return int((path.read_text().split() or ["0"])[0])
+    def _children(self) -> list[int]:
+        pid = self._process.pid
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
-        return int(wait_for(f"{self.name} to start", child))
+    def end(self) -> None:
+        """The launcher ends its subtree, paused processes too."""
+        if self._process.poll() is None:
+            for child in self._children():
+                os.kill(child, signal.SIGKILL)
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(ANSWER_S)
+        super().end()
 
-    def ask(self, do: str, timeout_s: float = ANSWER_S, **fields: Any) -> dict[str, Any]:
-        """One command, its answer. Raises RigError if there is none in time (a paused tenant cannot answer)
-        or the tenant refuses."""
-        self.tell(do, **fields)
-        return self.answer(do, timeout_s)
 
-    def tell(self, do: str, **fields: Any) -> None:
-        assert self._launcher.stdin is not None
-        self._launcher.stdin.write(json.dumps({"do": do, **fields}).encode() + b"\n")
-        self._launcher.stdin.flush()
-
-    def answer(self, do: str = "answer", timeout_s: float = ANSWER_S) -> dict[str, Any]:
-        assert self._launcher.stdout is not None
-        fd = self._launcher.stdout.fileno()
-        deadline = time.monotonic() + timeout_s
-        while b"\n" not in self._buffer:
-            if not select.select([fd], [], [], max(0.0, deadline - time.monotonic()))[0]:
-                raise RigError(f"{self.name} did not answer {do!r} within {timeout_s} s")
-            data = os.read(fd, 1 << 16)
-            if not data:
-                raise RigError(f"{self.name} ended during {do!r}")
-            self._buffer += data
-        line, _, self._buffer = self._buffer.partition(b"\n")
-        answer: dict[str, Any] = json.loads(line)
-        if not answer.pop("ok"):
-            raise RigError(f"{self.name}: {answer['error']}")
-        return answer
-
-    def kill(self) -> None:
-        """kill -9 of the tenant process; the launcher ends by itself."""
-        os.kill(self.pid, signal.SIGKILL)
-        self.wait()
-
-    def wait(self) -> int:
-        """The launcher's exit status, which is the tenant's."""
-        return self._launcher.wait(ANSWER_S)
-
-    def close(self) -> None:
-        if self._launcher.poll() is None:
-            # The launcher ends its subtree, paused processes too.
-            children = (
-                Path(f"/proc/{self._launcher.pid}/task/{self._launcher.pid}/children").read_text().split()
-            )
-            for child in children:
-                os.kill(int(child), signal.SIGKILL)
-            try:
-                self._launcher.wait(ANSWER_S)
-            except subprocess.TimeoutExpired:
-                self._launcher.kill()
-                self._launcher.wait()
-        for pipe in (self._launcher.stdin, self._launcher.stdout):
-            assert pipe is not None
-            pipe.close()
+def valve_run(
+    socket: Path, runtime: Path, workload: str, name: str, command: list[str], options: Sequence[str] = ()
+) -> list[str]:
+    """The command line that runs `command` as a tenant."""
+    return [
+        sys.executable, "-m", "valve_cli.main", "run", "--workload", workload, "--name", name,
+        "--socket", str(socket), "--runtime", str(runtime), *options, "--", *command,
+    ]  # fmt: skip

@@ -27,10 +27,13 @@ START_TIMEOUT_S = 240.0
 MODEL_NAME = "demo"
 DRIVER = Path(__file__).with_name("offline_driver.py")
 PASSAGES = Path(__file__).with_name("data") / "passages.txt"
+ENGINE_CORE = "VLLM::EngineCor"
+"""What vLLM calls the process that computes, as far as a process's name goes: 15 characters."""
 
 
 def engine_environment(settings: Settings, base: dict[str, str]) -> dict[str, str]:
-    """Environment of both engines: no hub, no usage reports, one compute thread on the device's core.
+    """Environment of both engines: no hub, no usage reports, one compute thread.  That thread is bound to
+    the device's core by us: vLLM binds only where it starts workers of its own.
 
     The worker runs in the scheduler's process in every phase, as it must under Valve, so that
     the phases compare like with like: with VLLM_ENABLE_V1_MULTIPROCESSING=0 vLLM's CPU platform
@@ -40,7 +43,7 @@ def engine_environment(settings: Settings, base: dict[str, str]) -> dict[str, st
         "TRANSFORMERS_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": str(settings.core),
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "OMP_NUM_THREADS": "1",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VALVE_KV_FLOOR_BLOCKS": str(settings.flags.online_floor_blocks),
@@ -53,8 +56,9 @@ def engine_environment(settings: Settings, base: dict[str, str]) -> dict[str, st
 class OnlineEngine:
     """`vllm serve` on a port of this machine."""
 
-    def __init__(self, child: Child, port: int) -> None:
+    def __init__(self, child: Child, port: int, core: int) -> None:
         self.child = child
+        self._core = core
         self.url = f"http://127.0.0.1:{port}"
 
     @classmethod
@@ -91,10 +95,12 @@ class OnlineEngine:
                 env,
             ),
             port,
+            settings.core,
         )
 
     async def ready(self) -> None:
-        """Until /health answers.  Raises ProcessError if it dies or takes too long."""
+        """Until /health answers; then its compute thread is on the device's core.  Raises ProcessError if it
+        dies or takes too long."""
         deadline = time.monotonic() + START_TIMEOUT_S
         async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=5)) as session:
             while True:
@@ -102,6 +108,7 @@ class OnlineEngine:
                 try:
                     async with session.get(f"{self.url}/health") as response:
                         if response.status == 200:
+                            self.child.bind(ENGINE_CORE, self._core)
                             return
                 except (aiohttp.ClientError, TimeoutError):
                     pass  # not listening yet: the loop's deadline decides
@@ -153,6 +160,7 @@ class OfflineEngine:
             f"--max-num-batched-tokens={flags.offline_batched_tokens}",
             f"--block-size={flags.block_size}",
             f"--kv-bytes={kv_bytes}",
+            f"--core={settings.core}",
             "--prefix-caching",
         ]
         log = settings.logs / f"offline-{tag}.log"

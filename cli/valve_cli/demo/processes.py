@@ -73,6 +73,15 @@ class Child:
             else f"{self.name} exited with {code}"
         )
 
+    def bind(self, comm: str, core: int) -> None:
+        """Bind the main thread of the group's process of this name (/proc/PID/comm) to a core; its other
+        threads stay where they are.  Raises ProcessError if there is no such process."""
+        bound = [pid for pid in group_members(self.pid) if comm_of(pid) == comm]
+        for pid in bound:
+            os.sched_setaffinity(pid, {core})
+        if not bound:
+            raise ProcessError(f"{self.name} has no process called {comm}", self.log)
+
     def signal(self, number: signal.Signals) -> None:
         """Send a signal to the whole group; a group that is gone needs none."""
         try:
@@ -121,6 +130,12 @@ def group_lives(group: int) -> bool:
         return False
     except PermissionError:
         return True
+    return bool(group_members(group))
+
+
+def group_members(group: int) -> list[int]:
+    """Pids of the living processes of a group."""
+    found = []
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit():
             continue
@@ -129,8 +144,16 @@ def group_lives(group: int) -> bool:
         except OSError:
             continue  # it ended while we looked
         if int(fields[2]) == group and fields[0] not in "ZX":
-            return True
-    return False
+            found.append(int(entry.name))
+    return found
+
+
+def comm_of(pid: int) -> str:
+    """A process's name, at most 15 characters; "" if it has ended."""
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().rstrip("\n")
+    except OSError:
+        return ""
 
 
 def last_words(log: Path) -> str:

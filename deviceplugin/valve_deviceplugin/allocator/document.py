@@ -14,7 +14,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from valve_deviceplugin.allocator.ledger import Entry, Ledger, Owner
+from valve_api.container import ContainerName
+from valve_deviceplugin.allocator.ledger import Entry, Ledger
 from valve_deviceplugin.allocator.placement import Gpu
 
 SCHEMA = "valve.io/allocations/v1"
@@ -76,7 +77,7 @@ def _read_entry(entry: Mapping[str, Any]) -> Entry:
         gpus=gpus,
         units=int(entry["memory_gib"]),
         tokens=tokens,
-        owner=None if owner is None else Owner(owner["namespace"], owner["pod"], owner["container"]),
+        owner=None if owner is None else ContainerName(owner["namespace"], owner["pod"], owner["container"]),
         shortage=int(entry["shortage_gib"]),
         library=str(entry["library"]),
         at_s=float(entry["allocated_at"]),

@@ -20,17 +20,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
-
-@dataclass(frozen=True, slots=True, order=True)
-class Owner:
-    """A container as Kubernetes names it."""
-
-    namespace: str
-    pod: str
-    container: str
-
-    def __str__(self) -> str:
-        return f"{self.namespace}/{self.pod}/{self.container}"
+from valve_api.container import ContainerName
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +33,7 @@ class Entry:
     units: int
     """GiB; 0 for online seats"""
     tokens: frozenset[str]
-    owner: Owner | None = None
+    owner: ContainerName | None = None
     shortage: int = 0
     """GiB that its GPU lent too little when the entry was made"""
     library: str = ""

@@ -16,11 +16,12 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from valve_deviceplugin.allocator.ledger import Entry, Ledger, Owner
+from valve_api.container import ContainerName
+from valve_deviceplugin.allocator.ledger import Entry, Ledger
 from valve_deviceplugin.allocator.placement import Gpu
 from valve_deviceplugin.allocator.units import named_gpus
 
-Listing = Mapping[tuple[str, Owner], frozenset[str]]
+Listing = Mapping[tuple[str, ContainerName], frozenset[str]]
 """(resource, container) -> its ids"""
 
 
@@ -96,7 +97,7 @@ def reconcile(
 
 
 def _adopt(
-    ledger: Ledger, resource: str, owner: Owner, tokens: frozenset[str], holders: Sequence[Entry],
+    ledger: Ledger, resource: str, owner: ContainerName, tokens: frozenset[str], holders: Sequence[Entry],
     gpus: Sequence[Gpu], seats: str, at_s: float, library: str,
 ) -> Entry | None:  # fmt: skip
     """An entry for what the kubelet says and the book does not, or not so. None: on no GPU that we know."""

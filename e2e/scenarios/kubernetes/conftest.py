@@ -1,15 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The cluster of these scenarios: a real one on this machine, or the one VALVE_KUBECONFIG names.
 
-One for the folder. It ends with the folder's last test, not with the session: an idle control plane would
-disturb the scenarios that measure.
+One for the folder.
 """
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -28,8 +27,6 @@ from e2e.scenarios.kubernetes.shop import Shop
 FOLDER = Path(__file__).parent
 ROOT = FOLDER.parents[2]
 FOREIGN = os.environ.get("VALVE_KUBECONFIG", "")
-started = ExitStack()
-"""What to end when the folder's last test has run, latest first."""
 running: list[Cluster | ForeignCluster] = []
 
 
@@ -39,8 +36,12 @@ def _built() -> None:
 
 
 @pytest.fixture(scope="session")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster | ForeignCluster]:
+def cluster(
+    with_folder: Callable[[Path], ExitStack], tmp_path_factory: pytest.TempPathFactory
+) -> Cluster | ForeignCluster:
     """One node, with the small images. `own_node` for what only works on our own."""
+    stack = with_folder(FOLDER)
+    stack.callback(running.clear)
     try:
         if FOREIGN:
             running.append(ForeignCluster(Path(FOREIGN)))
@@ -48,11 +49,10 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster | Fore
             for name in small.ALL:
                 running[0].load_image(small.write(name, folder))
         else:
-            running.append(started.enter_context(Cluster(logs=tmp_path_factory.mktemp("cluster-logs"))))
+            running.append(stack.enter_context(Cluster(logs=tmp_path_factory.mktemp("cluster-logs"))))
     except MissingError as error:
         pytest.skip(str(error))
-    yield running[0]
-    started.close()
+    return running[0]
 
 
 @pytest.fixture
@@ -114,13 +114,6 @@ def namespace(kubectl: Kubectl, request: pytest.FixtureRequest) -> Iterator[str]
     yield name
     kubectl("delete", "pods", "--all", "-n", name, "--grace-period=0", "--force", "--wait=true")
     kubectl("delete", "namespace", name, "--wait=false")
-
-
-@pytest.hookimpl(trylast=True)
-def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
-    if nextitem is None or not nextitem.path.is_relative_to(FOLDER):
-        running.clear()
-        started.close()
 
 
 @pytest.hookimpl(wrapper=True)

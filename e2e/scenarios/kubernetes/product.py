@@ -3,7 +3,11 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +68,55 @@ def install(cluster: Cluster | ForeignCluster) -> None:
         )
 
     kubectl.until("every node offers a seat and a GiB", ["nodes"], offers, NODE_READY_S)
+
+
+@dataclass(frozen=True)
+class Release:
+    """A later version of this checkout."""
+
+    version: str
+    chart: Path
+    images: Path
+
+
+def release(version: str, folder: Path) -> Release:
+    """Builds a version as its maintainers would: the sources with another number, and nothing else new."""
+    sources = folder / version
+    unwanted = shutil.ignore_patterns("build", "out", ".*", "__pycache__", "*.egg-info")
+    shutil.copytree(ROOT, sources, ignore=unwanted)
+    for file, line in (("pyproject.toml", 'version = "{}"'), ("charts/valve/Chart.yaml", "appVersion: {}")):
+        text = (sources / file).read_text()
+        old = line.format(product.version())
+        assert text.count(f"\n{old}\n") == 1, f"{file} has one line {old}"
+        (sources / file).write_text(text.replace(old, line.format(version)))
+    make = "from e2e.cluster.images import product; print(product.build())"
+    for command in (["runtime/build.py", "--out", "build/runtime"], ["-c", make]):
+        done = subprocess.run(
+            [sys.executable, *command], cwd=sources, env={**os.environ, "PYTHONPATH": str(sources)},
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+    return Release(version, sources / "charts/valve", Path(done.stdout.splitlines()[-1]))
+
+
+def upgrade(cluster: Cluster, newer: Release) -> None:
+    """`helm upgrade`, and until every pod of the installation is the new version's and ready."""
+    cluster.load_image(newer.images)
+    helm(
+        cluster, "upgrade", "valve", newer.chart, "-n", NAMESPACE, "--reuse-values", "--wait",
+        "--timeout=120s",
+    )  # fmt: skip
+
+    def rolled(pods: dict[str, Any]) -> bool:
+        components = {}
+        for pod in pods["items"]:
+            (status, *_) = pod["status"].get("containerStatuses") or [{"ready": False}]
+            image = pod["spec"]["containers"][0]["image"]
+            components[pod["metadata"]["name"]] = status["ready"] and image.endswith(f":{newer.version}")
+        return len(components) >= len(product.COMPONENTS) and all(components.values())
+
+    chosen = ["pods", "-n", NAMESPACE, "-l", "app.kubernetes.io/component"]
+    cluster.kubectl.until(f"every component is {newer.version}", chosen, rolled, 120)
 
 
 def uninstall(cluster: Cluster | ForeignCluster) -> None:

@@ -26,14 +26,26 @@ class Shop:
         self.kubectl, self.node = kubectl, node
         kubectl("create", "namespace", NAMESPACE)
         kubectl.until("the default service account", ["sa", "default", "-n", NAMESPACE], lambda _: True)
-        kubectl.apply(
-            tenants.pod(NAMESPACE, "serve", tenants.serve_command(), ONLINE),
-            tenants.pod(NAMESPACE, "batch", tenants.batch_command(), OFFLINE),
-        )
-        self.pods = {name: self._running(name) for name in ("serve", "batch")}
+        kubectl.apply(tenants.pod(NAMESPACE, "serve", tenants.serve_command(), ONLINE))
+        self.pods: dict[str, dict[str, Any]] = {}
+        self.start_batch()
+        self.pods["serve"] = self._running("serve")
         self.address: str = self.pods["serve"]["status"]["podIP"]
         wait_for("vLLM serves", lambda: tenants.serving(self.address), START_S)
+        self.works()
+
+    def start_batch(self) -> None:
+        """The offline pod, when there is none. `works` waits for its first round."""
+        self.kubectl.apply(tenants.pod(NAMESPACE, "batch", tenants.batch_command(), OFFLINE))
+        self.pods["batch"] = self._running("batch")
+
+    def works(self) -> None:
         wait_for("the batch's first round", lambda: bool(self.rounds()), START_S)
+
+    def library(self, pod: str) -> str:
+        """The folder of the runtime that a pod was given."""
+        preload = self.kubectl("exec", pod, "-n", NAMESPACE, "--", "cat", "/etc/ld.so.preload")
+        return str(Path(preload.strip()).parents[1])
 
     def _running(self, name: str) -> dict[str, Any]:
         return self.kubectl.until(

@@ -84,6 +84,7 @@ def serve_command() -> list[str]:
     ]  # fmt: skip
 
 
+@cache
 def reference_tokens() -> list[list[int]]:
     """What the batch's prompts give without Valve, on this machine."""
     done = subprocess.run(

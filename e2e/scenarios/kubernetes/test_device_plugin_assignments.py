@@ -13,7 +13,7 @@ import json
 import time
 
 from e2e.cluster.processes import wait_for
-from e2e.scenarios.kubernetes.plugin_rig import BRIEFLY, FOREVER, TOTAL, PluginRig, container
+from e2e.scenarios.kubernetes.plugin_rig import BRIEFLY, FOREVER, OFFLINE, TOTAL, PluginRig, container, pod
 
 
 def test_schedule(rig: PluginRig, namespace: str) -> None:
@@ -188,6 +188,39 @@ def test_reboot(rig: PluginRig, namespace: str) -> None:
     rig.kubectl.until(
         "forgotten", ["node", rig.node.name], lambda _: (namespace, "one", "main") not in rig.owners()
     )
+
+
+def test_storm(rig: PluginRig, namespace: str) -> None:
+    """Fifty pods at once ask for six times what there is (no scenario there): what fits runs, each with what
+    it asked for, on its own GPU; the others stay Pending, and nobody fails."""
+    asked = {f"storm-{number:02}": 1 + number % 3 for number in range(50)}
+    pods = [pod(namespace, name, gib, FOREVER) for name, gib in asked.items()]
+    rig.kubectl.apply({"apiVersion": "v1", "kind": "List", "items": pods})
+
+    def phases() -> dict[str, str]:
+        return {
+            found["metadata"]["name"]: found["status"]["phase"]
+            for found in rig.kubectl.items("pods", "-n", namespace)
+        }
+
+    def settled() -> bool:
+        running = [name for name, phase in phases().items() if phase == "Running"]
+        return sum(asked[name] for name in running) == TOTAL
+
+    wait_for("all memory is given", settled, 120)
+    seen = phases()
+    assert set(seen.values()) == {"Running", "Pending"}
+    running = [name for name, phase in seen.items() if phase == "Running"]
+    entries = {entry["owner"]["pod"]: entry for entry in rig.ledger()["allocations"] if entry["owner"]}
+    ids = [one for name in running for one in rig.devices(namespace, name)["main"]]
+    assert len(ids) == len(set(ids)) == TOTAL
+    for name in running:
+        said = rig.said(namespace, name)
+        assert int(said["VALVE_MEMORY_GIB"]) == asked[name] == entries[name]["memory_gib"]
+        assert [said["VALVE_GPU"]] == entries[name]["gpus"]
+    waiting = next(name for name, phase in seen.items() if phase == "Pending")
+    (scheduled,) = rig.kubectl.get("pod", waiting, "-n", namespace)["status"]["conditions"]
+    assert f"Insufficient {OFFLINE}" in scheduled["message"]
 
 
 SHORT_INIT = BRIEFLY.replace("sleep 1", "true")

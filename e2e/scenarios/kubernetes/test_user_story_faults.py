@@ -8,17 +8,28 @@ tests/integration/operator.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from e2e.cluster.cluster import Cluster
-from e2e.scenarios.kubernetes import product
+from e2e.cluster.kubectl import Refused
+from e2e.scenarios.kubernetes import product, tenants
+from e2e.scenarios.kubernetes import shop as shops
 from e2e.scenarios.kubernetes.shop import Shop
 from e2e.scenarios.kubernetes.tenants import Load
 
-DOWN_S = 20
+DOWN_S = 60
+NEWER = "0.1.1"
+BUDGET: dict[str, Any] = {
+    "apiVersion": "policy/v1", "kind": "PodDisruptionBudget",
+    "metadata": {"name": "online", "namespace": shops.NAMESPACE},
+    "spec": {"minAvailable": 1, "selector": {"matchLabels": {"valve.io/workload": "online"}}},
+}  # fmt: skip
 pytestmark = pytest.mark.timeout(600)
 
 
@@ -93,6 +104,48 @@ def test_online_never_notices_that_the_api_is_down(shop: Shop, cluster: Cluster)
     shop.untouched()
     shop.more_rounds(timeout_s=300)
     assert all(tokens == shop.rounds()[0] for tokens in shop.rounds())
+
+
+def test_online_never_notices_a_drain(shop: Shop) -> None:
+    """A disruption budget keeps the online pod until another serves; offline leaves at once, paused or not."""
+    shop.kubectl.apply(BUDGET)
+    with Load(shop.address) as load:
+        load.more()
+        with pytest.raises(Refused, match="disruption budget"):
+            shop.kubectl(
+                "drain", shop.node.name, "--ignore-daemonsets", "--delete-emptydir-data", "--force",
+                "--timeout=20s",
+            )  # fmt: skip
+        load.more()
+        left = {pod["metadata"]["name"] for pod in shop.kubectl.items("pods", "-n", shops.NAMESPACE)}
+        assert left == {"serve"}
+        shop.kubectl("delete", "-f", "-", stdin=json.dumps(BUDGET))
+        shop.kubectl("uncordon", shop.node.name)
+        shop.start_batch()
+        load.more()
+    assert not load.failures
+    shop.works()
+    shop.untouched()
+    assert shop.rounds()[0] == tenants.reference_tokens()
+
+
+def test_online_never_notices_an_upgrade(shop: Shop, cluster: Cluster, tmp_path: Path) -> None:
+    """To a new version of the library: who runs keeps the old one, who starts gets the new one."""
+    newer = product.release(NEWER, tmp_path)
+    old = shop.library("serve")
+    with Load(shop.address) as load:
+        load.more()
+        product.upgrade(cluster, newer)
+        load.more()
+    assert not load.failures
+    shop.untouched()
+    shop.more_rounds()
+    assert all(tokens == shop.rounds()[0] for tokens in shop.rounds())
+    shop.kubectl("delete", "pod", "batch", "-n", shops.NAMESPACE, "--wait=true")
+    shop.start_batch()
+    shop.works()
+    assert (shop.library("serve"), shop.library("batch")) == (old, str(Path(old).with_name(NEWER)))
+    assert shop.rounds()[0] == tenants.reference_tokens()
 
 
 def test_online_never_notices_an_uninstall(shop: Shop, cluster: Cluster) -> None:

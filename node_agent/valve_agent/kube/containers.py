@@ -27,7 +27,9 @@ from typing import Protocol
 from valve_agent.identity import parent_of
 from valve_agent.kube import cgroup
 from valve_agent.kube.cgroup import PodCgroup
-from valve_agent.kube.podresources import Allocation, ContainerName, PodResourcesError
+from valve_api.container import ContainerName
+from valve_kubelet.podresources import Listing, NoListError
+from valve_agent.kube.allocation import Allocation, allocations_of
 
 LOOK_S = 1.0
 HURRY_S = 0.05
@@ -39,7 +41,7 @@ LOGS = Path("/var/log")
 
 
 class Lister(Protocol):
-    def list_allocations(self) -> dict[ContainerName, Allocation]: ...
+    def listing(self) -> Listing: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,9 +119,9 @@ class Containers:
     def look(self) -> None:
         before = self.view
         try:
-            allocations: Mapping[ContainerName, Allocation] = self._lister.list_allocations()
+            allocations: Mapping[ContainerName, Allocation] = allocations_of(self._lister.listing())
             error = ""
-        except PodResourcesError as failure:
+        except NoListError as failure:
             allocations, error = before.allocations, str(failure)
         links = names_in(self._logs)
         names: dict[PodCgroup, ContainerName] = {}

@@ -30,7 +30,7 @@ from valve_agent.identity import Identity
 from valve_agent.kube.api import Api
 from valve_agent.kube.containers import Containers
 from valve_agent.kube.identity import PodIdentity
-from valve_agent.kube.podresources import PodResources
+from valve_agent.kube.allocation import RESOURCES
 from valve_agent.kube.report import NODES_PATH, ConditionValue, Reporter, conditions_of, gpu_of, status_of
 from valve_agent.kube.watch import ObjectWatch
 from valve_agent.registry import Registry, Tenant
@@ -40,11 +40,13 @@ from valve_api.load import problems_of
 from valve_api.model import REQUIRED, ApiModel, setting
 from valve_api.node import NodeSpec
 from valve_api.settings import EffectiveSettings, settings_from
+from valve_kubelet.podresources import PodResources
 
 if TYPE_CHECKING:
     from valve_agent.agent import Agent
 
 SAY_WAITING_S = 30.0
+KUBELET_TIMEOUT_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +134,7 @@ class KubernetesNode:
         self._restart = False
         self._arrived = threading.Event()
         self._watch = ObjectWatch(api, NODES_PATH, node, self._seen)
-        self._pod_resources = PodResources(pod_resources)
+        self._pod_resources = PodResources(pod_resources, RESOURCES, KUBELET_TIMEOUT_S, patient=False)
         self._containers = Containers(self._pod_resources, logs=logs, cgroups=cgroups)
         self._reporter = Reporter(api, node)
         self._identity: PodIdentity | None = None

@@ -24,8 +24,7 @@
 #define WRAPPERS 64
 #define CONTEXTS_MAX 32
 
-/* Every argument of the functions wrapped is an integer or a pointer, eleven at most; passing
- * on more than there are is harmless in both calling conventions. */
+/* Eleven at most. */
 #define PARAMETERS long a, long b, long c, long d, long e, long f, long g, long h, long i, long j, long k
 #define ARGUMENTS a, b, c, d, e, f, g, h, i, j, k
 typedef int launch(PARAMETERS);
@@ -81,7 +80,7 @@ static void begin(int is_copy)
         note_context();
 }
 
-static int run(uint32_t number, PARAMETERS)
+static int through(uint32_t number, PARAMETERS)
 {
     /* libcuda may call one of them from another.  The model needs nothing of the dynamic loader. */
     static __thread int depth __attribute__((tls_model("initial-exec")));
@@ -93,13 +92,7 @@ static int run(uint32_t number, PARAMETERS)
     return result;
 }
 
-#define WRAPPER(n) \
-    static int wrapper_##n(PARAMETERS) { return run(n, ARGUMENTS); }
-#define EIGHT(m, t) m(t##0) m(t##1) m(t##2) m(t##3) m(t##4) m(t##5) m(t##6) m(t##7)
-#define ALL(m) EIGHT(m, 0) EIGHT(m, 01) EIGHT(m, 02) EIGHT(m, 03) EIGHT(m, 04) EIGHT(m, 05) EIGHT(m, 06) EIGHT(m, 07)
-ALL(WRAPPER) /* octal: 00 ... 077 */
-#define NAME(n) wrapper_##n,
-static launch *const wrappers[WRAPPERS] = {ALL(NAME)};
+#include "numbered.h"
 
 /* -- draining ---------------------------------------------------------------------------- */
 

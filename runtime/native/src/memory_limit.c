@@ -27,7 +27,7 @@
 #define OUT_OF_MEMORY 2
 #define ON_DEVICE 1
 
-/* Every argument is an integer or a pointer, six at most. */
+/* Six at most. */
 #define PARAMETERS long a, long b, long c, long d, long e, long f
 #define ARGUMENTS a, b, c, d, e, f
 typedef int entry_point(PARAMETERS);
@@ -321,13 +321,7 @@ static int through(uint32_t number, PARAMETERS)
     return result;
 }
 
-#define WRAPPER(n) \
-    static int wrapper_##n(PARAMETERS) { return through(n, ARGUMENTS); }
-#define EIGHT(m, t) m(t##0) m(t##1) m(t##2) m(t##3) m(t##4) m(t##5) m(t##6) m(t##7)
-#define ALL(m) EIGHT(m, 0) EIGHT(m, 01) EIGHT(m, 02) EIGHT(m, 03) EIGHT(m, 04) EIGHT(m, 05) EIGHT(m, 06) EIGHT(m, 07)
-ALL(WRAPPER) /* octal: 00 ... 077 */
-#define NAME(n) wrapper_##n,
-static entry_point *const wrappers[WRAPPERS] = {ALL(NAME)};
+#include "numbered.h"
 
 static enum kind kind_of(const char *name)
 {

@@ -4,8 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,23 +12,6 @@ import pytest
 from live import POLICY, SLAB_BYTES
 
 from valve_cli.bench.rig import LiveAgent, LiveTenant
-
-ROOT = Path(__file__).resolve().parents[3]
-
-
-@pytest.fixture(scope="session")
-def runtime() -> Path:
-    """The runtime bundle, built if need be; fails with the builder's sentence without a compiler."""
-    out = ROOT / "build" / "runtime"
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "runtime" / "build.py"), "--out", str(out)],
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode:
-        pytest.fail(f"libvalve cannot be built: {done.stderr or done.stdout}")
-    return out
-
 
 @pytest.fixture
 def agent(tmp_path: Path) -> Iterator[LiveAgent]:

@@ -3,24 +3,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 from helm_chart import install, uninstall
 
 from e2e.cluster.control_plane import ControlPlane
-from e2e.cluster.errors import MissingError
 
 
 @pytest.fixture(scope="session")
-def bare_plane() -> Iterator[ControlPlane]:
+def bare_plane(new_plane: Callable[[Path], ControlPlane]) -> ControlPlane:
     """Nothing of Valve in it when a test begins; who installs also uninstalls."""
-    try:
-        plane = ControlPlane(controllers=True)
-    except MissingError as error:
-        pytest.skip(str(error))
-    with plane:
-        yield plane
+    return new_plane(Path(__file__).parent)
 
 
 @pytest.fixture(scope="module")

@@ -4,26 +4,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from valve_cli.bench import preempt, preempt_rig
 from valve_cli.bench.rig import RigError
-
-ROOT = Path(__file__).resolve().parents[3]
-
-
-@pytest.fixture(scope="module")
-def runtime() -> Path:
-    out = ROOT / "build" / "runtime"
-    build = [sys.executable, str(ROOT / "runtime" / "build.py"), "--out", str(out)]
-    done = subprocess.run(build, capture_output=True, text=True)
-    if done.returncode:
-        pytest.fail(f"libvalve cannot be built: {done.stderr or done.stdout}")
-    return out
 
 
 def test_json_report(runtime: Path, capsys: pytest.CaptureFixture[str]) -> None:

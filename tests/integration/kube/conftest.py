@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,20 +16,9 @@ sys.path.insert(0, str(ROOT / "tests" / "kubelet"))
 from node_live import NodeAgent, PodTenant, colocation_node, hierarchy  # noqa: E402
 
 from e2e.cluster.control_plane import ControlPlane  # noqa: E402
-from valve_agent.kube.podresources import ContainerName  # noqa: E402
+from valve_api.container import ContainerName  # noqa: E402
 
 OFFLINE, ONLINE = "valve.io/offline-memory-gib", "valve.io/online-gpu"
-
-
-@pytest.fixture(scope="session")
-def runtime() -> Path:
-    """The runtime bundle, built if need be; fails with the builder's sentence without a compiler."""
-    out = ROOT / "build" / "runtime"
-    command = [sys.executable, str(ROOT / "runtime" / "build.py"), "--out", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        pytest.fail(f"libvalve cannot be built: {done.stderr or done.stdout}")
-    return out
 
 
 @pytest.fixture

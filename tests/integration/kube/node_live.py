@@ -15,8 +15,8 @@ from typing import Any, Self
 from kubelet_stand_in import FakeKubelet, Node
 
 from e2e.cluster.kubectl import Kubectl
-from valve_agent.kube.podresources import ContainerName
-from valve_cli.bench.rig import TENANT, LiveAgent, LiveTenant, wait_for
+from valve_api.container import ContainerName
+from valve_cli.bench.rig import TENANT, LiveAgent, TenantProcess, wait_for
 from valve_cli.run import child_environment
 
 SLAB = 2 << 20
@@ -95,7 +95,7 @@ class NodeAgent(LiveAgent):
         return folder
 
 
-class PodTenant(LiveTenant):
+class PodTenant(TenantProcess):
     """tenant.py in a container: its cgroup, its environment, no launcher."""
 
     def __init__(
@@ -110,21 +110,9 @@ class PodTenant(LiveTenant):
         enter = f'echo $$ > {folder}/cgroup.procs; exec "$0" "$@"'  # without libvalve, as runc is
         words = [f"{key}={value}" for key, value in given.items()]
         command = ["sh", "-c", enter, "env", *words, sys.executable, str(TENANT)]
-        self._spawn(str(name), command, os.environ)
+        super().__init__(str(name), command, os.environ)
         agent.tenants.append(self)
         agent.places.link(name.namespace, name.pod, name.container, self.uid, container_id)
-
-    @property
-    def pid(self) -> int:
-        return self._launcher.pid
-
-    def close(self) -> None:
-        if self._launcher.poll() is None:
-            self._launcher.kill()
-        self._launcher.wait()
-        for pipe in (self._launcher.stdin, self._launcher.stdout):
-            assert pipe is not None
-            pipe.close()
 
 
 def status_of(kubectl: Kubectl, node: str) -> dict[str, Any]:

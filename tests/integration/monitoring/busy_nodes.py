@@ -15,7 +15,7 @@ from pathlib import Path
 from node_live import SLAB, SLABS, NodeAgent, PodTenant
 from prometheus_live import Prometheus
 
-from valve_agent.kube.podresources import ContainerName
+from valve_api.container import ContainerName
 
 RUN_S = 60.0
 REQUESTS, TOKENS, RECOMPUTED, LOST_BLOCKS, RECOMPUTED_TOKENS = range(5)

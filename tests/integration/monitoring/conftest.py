@@ -3,15 +3,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[3]
+FOLDER = Path(__file__).parent
+ROOT = FOLDER.parents[2]
 for folder in ("tests/kubelet", "tests/integration/kube", "tools", "charts"):
     sys.path.insert(0, str(ROOT / folder))
 
@@ -34,36 +34,26 @@ def programs() -> Path:
 
 
 @pytest.fixture(scope="session")
-def runtime() -> Path:
-    out = ROOT / "build" / "runtime"
-    command = [sys.executable, str(ROOT / "runtime" / "build.py"), "--out", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        pytest.fail(f"libvalve cannot be built: {done.stderr or done.stdout}")
-    return out
-
-
-@pytest.fixture(scope="session")
 def run(
-    control_plane: ControlPlane, programs: Path, runtime: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Run]:
+    control_plane: ControlPlane, programs: Path, runtime: Path, tmp_path_factory: pytest.TempPathFactory,
+    with_folder: Callable[[Path], ExitStack],
+) -> Run:  # fmt: skip
     """Two agents under `--node`, each with an online and two offline tenants that work for a minute."""
     if hierarchy() is None:
         pytest.skip("needs to make cgroups: root, and /sys/fs/cgroup writable")
     ports = dict(zip(NODES, free_ports(len(NODES)), strict=True))
-    with contextlib.ExitStack() as stack:
-        agents = []
-        for name in NODES:
-            agent = NodeAgent(
-                tmp_path_factory.mktemp(name), name, control_plane.kubeconfig, "--metrics-port",
-                str(ports[name]),
-            )  # fmt: skip
-            stack.enter_context(agent)
-            memory = {"slabSize": "2Mi", "reservation": {"min": "2Mi", "max": "24Mi", "quietPeriod": "4s"}}
-            control_plane.kubectl.apply(colocation_node(name, memory=memory))
-            stack.callback(control_plane.kubectl, "delete", "colocationnode", name)
-            agent.start()
-            agents.append(agent)
-        prometheus = stack.enter_context(Prometheus(programs, tmp_path_factory.mktemp("prom"), ports))
-        start, end = work(stack, agents, runtime)
-        yield Run(prometheus, ports, start, end)
+    stack = with_folder(FOLDER)
+    agents = []
+    for name in NODES:
+        agent = NodeAgent(
+            tmp_path_factory.mktemp(name), name, control_plane.kubeconfig, "--metrics-port", str(ports[name]),
+        )  # fmt: skip
+        stack.enter_context(agent)
+        memory = {"slabSize": "2Mi", "reservation": {"min": "2Mi", "max": "24Mi", "quietPeriod": "4s"}}
+        control_plane.kubectl.apply(colocation_node(name, memory=memory))
+        stack.callback(control_plane.kubectl, "delete", "colocationnode", name)
+        agent.start()
+        agents.append(agent)
+    prometheus = stack.enter_context(Prometheus(programs, tmp_path_factory.mktemp("prom"), ports))
+    start, end = work(stack, agents, runtime)
+    return Run(prometheus, ports, start, end)

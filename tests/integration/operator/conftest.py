@@ -3,23 +3,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 from operator_rig import Installed
 
 from e2e.cluster.control_plane import ControlPlane
-from e2e.cluster.errors import MissingError
 
 
 @pytest.fixture(scope="session")
-def chart_on_a_plane(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installed]:
-    try:
-        plane = ControlPlane(controllers=True)
-    except MissingError as error:
-        pytest.skip(str(error))
-    with plane:
-        yield Installed(plane, tmp_path_factory.mktemp("operator"))
+def chart_on_a_plane(
+    new_plane: Callable[[Path], ControlPlane], tmp_path_factory: pytest.TempPathFactory
+) -> Installed:
+    return Installed(new_plane(Path(__file__).parent), tmp_path_factory.mktemp("operator"))
 
 
 @pytest.fixture

@@ -3,31 +3,14 @@
 
 from __future__ import annotations
 
-import shutil
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "fakenv"))
-from memory_rig import Rig
-
 import fakenv
-
-
-@pytest.fixture(scope="session")
-def fakenv_binaries() -> Path:
-    missing = [tool for tool in ("cc", "make") if not shutil.which(tool)]
-    if missing:
-        pytest.skip(f"the fake NVIDIA driver is compiled for these tests: {' and '.join(missing)} not found")
-    folder = fakenv.build()
-    reason = fakenv.unavailable(folder)
-    if reason:
-        pytest.skip(f"the fake NVIDIA driver cannot run here: {reason}")
-    return folder
+import pytest
+from memory_rig import Rig
 
 
 @pytest.fixture

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from valve_deviceplugin.allocator import document, units
-from valve_deviceplugin.allocator.ledger import Entry, Ledger, Owner
+from valve_api.container import ContainerName
+from valve_deviceplugin.allocator.ledger import Entry, Ledger
 from valve_deviceplugin.allocator.placement import Gpu, room
 from valve_deviceplugin.allocator.reconcile import Absences, reconcile
 
@@ -27,7 +28,7 @@ GONE_S, SETTLED_S = 3.0, 30.0
 
 @dataclass
 class Container:
-    owner: Owner
+    owner: ContainerName
     ids: frozenset[str]
     gpu: str
     """as its Allocate said: its process uses this one, whatever happens later"""
@@ -79,7 +80,7 @@ class Node(RuleBasedStateMachine):
         if not entry.shortage and not any(reused) and not made.repeated:
             (gpu,) = (gpu for gpu in self.gpus if gpu.id == entry.gpus[0])
             assert room(gpu, used_before) >= len(ids), "an entry that is not short fits"
-        owner = Owner("ns", pod, name)
+        owner = ContainerName("ns", pod, name)
         self.containers.append(Container(owner, ids, entry.gpus[0], listed))
         return entry
 

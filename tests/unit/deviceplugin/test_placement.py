@@ -8,7 +8,8 @@ from collections import Counter
 import pytest
 
 from valve_deviceplugin.allocator import units
-from valve_deviceplugin.allocator.ledger import Entry, Ledger, Owner
+from valve_api.container import ContainerName
+from valve_deviceplugin.allocator.ledger import Entry, Ledger
 from valve_deviceplugin.allocator.placement import Choice, Gpu, choose
 
 MEMORY = "memory"
@@ -79,7 +80,7 @@ def test_prefer_units(
 
 
 def entry(number: int, gpu_id: str, tokens: list[str], owner: str = "") -> Entry:
-    named = Owner("ns", owner, "main") if owner else None
+    named = ContainerName("ns", owner, "main") if owner else None
     return Entry(number, MEMORY, (gpu_id,), len(tokens), frozenset(tokens), named)
 
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 
 import pytest
 
-from valve_deviceplugin.allocator.ledger import Entry, Ledger, Owner
+from valve_api.container import ContainerName
+from valve_deviceplugin.allocator.ledger import Entry, Ledger
 from valve_deviceplugin.allocator.placement import Gpu
 from valve_deviceplugin.allocator.reconcile import Absences, Changes, Listing, reconcile
 
 MEMORY, SEATS = "memory", "seats"
 GPUS = [Gpu("A", "a", 8, 8, False), Gpu("B", "b", 8, 8, False)]
 GONE_S, RELEASE_S = 3.0, 30.0
-ONE, TWO = Owner("ns", "one", "main"), Owner("ns", "two", "main")
+ONE, TWO = ContainerName("ns", "one", "main"), ContainerName("ns", "two", "main")
 
 
 def tokens(*numbers: int, short: str = "a") -> frozenset[str]:
@@ -64,7 +65,7 @@ SEEN, ABSENT, UNSURE = "seen", "absent", "the list is incomplete"
     ],
 )  # fmt: skip
 def test_release(
-    description: str, owner: Owner | None, looks: list[tuple[float, str]], released_at: float | None
+    description: str, owner: ContainerName | None, looks: list[tuple[float, str]], released_at: float | None
 ) -> None:
     ledger = Ledger([Entry(1, MEMORY, ("A",), 2, tokens(0, 1), owner)])
     absences = patience()

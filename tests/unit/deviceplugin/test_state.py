@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from valve_api.names import RESOURCE_OFFLINE_MEMORY, RESOURCE_ONLINE_GPU
-from valve_deviceplugin.allocator.ledger import Owner
+from valve_api.container import ContainerName
 from valve_deviceplugin.allocator.lending import GIB, Report
 from valve_deviceplugin.log import Log
 from valve_deviceplugin.state import Node
@@ -84,7 +84,7 @@ def test_a_gpu_that_its_agent_has_lost(rig: Rig) -> None:
     rig.node.observe([report("A", 2, 2)])
     assert rig.healthy(RESOURCE_ONLINE_GPU) == ["A-seat"]
     assert rig.healthy(RESOURCE_OFFLINE_MEMORY) == ["A-0000", "A-0001", "B-0000"]
-    listing = {(RESOURCE_OFFLINE_MEMORY, Owner("n", "p", "c")): frozenset({"A-0000"})}
+    listing = {(RESOURCE_OFFLINE_MEMORY, ContainerName("n", "p", "c")): frozenset({"A-0000"})}
     for _ in range(2):
         rig.now_s += 31
         rig.node.reconcile(listing, may_release=True)

@@ -16,7 +16,11 @@ from valve_agent.identity import IdentityError, Peer
 from valve_agent.kube import containers as containers_module
 from valve_agent.kube.containers import Containers
 from valve_agent.kube.identity import PodIdentity
-from valve_agent.kube.podresources import Allocation, ContainerName, PodResourcesError
+from valve_agent.kube.allocation import Allocation
+from valve_api.container import ContainerName
+from valve_api.names import RESOURCE_OFFLINE_MEMORY as OFFLINE
+from valve_api.names import RESOURCE_ONLINE_GPU
+from valve_kubelet.podresources import Listing, NoListError
 from valve_agent.registry import Process, Registry, Scan, Tenant
 from valve_agent.wire import RejectCode, Role
 
@@ -34,10 +38,15 @@ class Kubelet:
         self.allocations = {JOB: Allocation(0, 2), SERVE: Allocation(1, 0)}
         self.error = ""
 
-    def list_allocations(self) -> dict[ContainerName, Allocation]:
+    def listing(self) -> Listing:
         if self.error:
-            raise PodResourcesError(self.error)
-        return dict(self.allocations)
+            raise NoListError(self.error)
+        found: Listing = {}
+        for name, has in self.allocations.items():
+            for resource, count in ((RESOURCE_ONLINE_GPU, has.online_seats), (OFFLINE, has.offline_units)):
+                if count:
+                    found[resource, name] = frozenset(f"id-{number}" for number in range(count))
+        return found
 
 
 class Setup:

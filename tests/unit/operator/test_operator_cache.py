@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -134,3 +135,33 @@ def test_a_pod_that_ended_is_no_tenant_any_more() -> None:
     pod["status"]["phase"] = "Succeeded"
     cache.told("Pod", pod, deleted=False)
     assert not cache.world.pods
+
+
+def test_a_watch_that_lags_behind_our_own_write_takes_nothing_back() -> None:
+    cluster, server, cache = filled()
+    asyncio.run(cache.census(server))
+    before = copy.deepcopy(cluster.policies["fleet"])
+    before["metadata"]["resourceVersion"] = "41"
+    after = copy.deepcopy(before)
+    after["metadata"]["resourceVersion"] = "107"
+    after["status"] = {"nodes": 2}
+    cache.seen("ColocationPolicy", after)  # the server's answer to a write
+    cache.dirty.clear()
+    cache.told("ColocationPolicy", before, deleted=False)
+    assert cache.world.policies["fleet"].status == {"nodes": 2}
+    assert not cache.dirty.is_set()
+
+
+def test_a_late_deletion_does_not_hit_the_object_made_since() -> None:
+    cluster, server, cache = filled()
+    asyncio.run(cache.census(server))
+    node = cluster.nodes["a"]
+    node["metadata"]["resourceVersion"] = "200"
+    cache.seen("Node", node)
+    old = copy.deepcopy(node)
+    old["metadata"]["resourceVersion"] = "150"
+    cache.told("Node", old, deleted=True)
+    assert "a" in cache.world.nodes
+    old["metadata"]["resourceVersion"] = "201"
+    cache.told("Node", old, deleted=True)
+    assert "a" not in cache.world.nodes
