@@ -23,9 +23,11 @@ def new_plane(with_folder: Callable[[Path], ExitStack]) -> NewPlane:
 
     def start(folder: Path) -> ControlPlane:
         try:
-            return with_folder(folder).enter_context(ControlPlane(controllers=True))
+            plane = with_folder(folder).enter_context(ControlPlane(controllers=True))
         except MissingError as error:
             pytest.skip(str(error))
+        plane.kubectl.until("the default service account", ["sa", "default"], lambda _: True)
+        return plane
 
     return start
 

@@ -16,7 +16,7 @@ from fake_agent import FakeAgent
 from victims import Victim, build, compile_victim, sanitizer_environment, unrandomized
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "fakenv"))
-import fakenv  # noqa: E402
+import fakenv
 
 Start = Callable[..., Victim]
 

@@ -251,7 +251,7 @@ def main() -> int:
     parser.add_argument("--block-size", type=int, default=32)
     parser.add_argument("--prefix-caching", action="store_true")
     parser.add_argument("--kv-bytes", type=int, required=True, help="KV cache size in bytes")
-    parser.add_argument("--core", type=int, required=True, help="CPU that this thread, which computes, runs on")
+    parser.add_argument("--core", type=int, required=True, help="CPU of the thread that computes")
     args = parser.parse_args()
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine core runs in this process
     with open(args.report, "a", encoding="utf-8") as stream:

@@ -26,10 +26,10 @@ from typing import Protocol
 
 from valve_agent.identity import parent_of
 from valve_agent.kube import cgroup
+from valve_agent.kube.allocation import Allocation, allocations_of
 from valve_agent.kube.cgroup import PodCgroup
 from valve_api.container import ContainerName
 from valve_kubelet.podresources import Listing, NoListError
-from valve_agent.kube.allocation import Allocation, allocations_of
 
 LOOK_S = 1.0
 HURRY_S = 0.05

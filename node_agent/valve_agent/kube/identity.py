@@ -17,9 +17,9 @@ from pathlib import Path
 
 from valve_agent.identity import IdentityError, LocalIdentity, Peer
 from valve_agent.kube import cgroup
+from valve_agent.kube.allocation import Allocation
 from valve_agent.kube.cgroup import NotInPod
 from valve_agent.kube.containers import Containers
-from valve_agent.kube.allocation import Allocation
 from valve_agent.registry import Registry, Tenant
 from valve_agent.wire import RejectCode, Role
 from valve_api.container import ContainerName

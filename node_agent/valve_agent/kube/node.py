@@ -27,10 +27,10 @@ from pydantic import ValidationError
 
 from valve_agent import live
 from valve_agent.identity import Identity
+from valve_agent.kube.allocation import RESOURCES
 from valve_agent.kube.api import Api
 from valve_agent.kube.containers import Containers
 from valve_agent.kube.identity import PodIdentity
-from valve_agent.kube.allocation import RESOURCES
 from valve_agent.kube.report import NODES_PATH, ConditionValue, Reporter, conditions_of, gpu_of, status_of
 from valve_agent.kube.watch import ObjectWatch
 from valve_agent.registry import Registry, Tenant

@@ -13,6 +13,7 @@ from live import POLICY, SLAB_BYTES
 
 from valve_cli.bench.rig import LiveAgent, LiveTenant
 
+
 @pytest.fixture
 def agent(tmp_path: Path) -> Iterator[LiveAgent]:
     with LiveAgent(tmp_path, POLICY) as live:

@@ -98,5 +98,6 @@ def uninstall(plane: ControlPlane) -> str:
     output = helm(
         "uninstall", RELEASE, "-n", NAMESPACE, "--wait", "--ignore-not-found", kubeconfig=plane.kubeconfig
     )
-    plane.kubectl("delete", "crd", "-l", "app.kubernetes.io/part-of=valve", "--ignore-not-found")
+    chosen = ["-l", "app.kubernetes.io/part-of=valve", "--ignore-not-found"]
+    plane.kubectl("delete", "crd", *chosen, timeout_s=180)  # the API server cleans up in its own time
     return output

@@ -101,7 +101,10 @@ def test_cycle_after_cycle(
             compute.resume([target])
 
 
-def test_a_leader_that_gets_no_cpu_is_not_waited_for(start_victims: Callable[..., Victim]) -> None:
+@pytest.mark.parametrize("witness", [True, False], ids=["witness", "every thread"])
+def test_a_leader_that_gets_no_cpu_is_not_waited_for(
+    start_victims: Callable[..., Victim], witness: bool
+) -> None:
     """It shares a CPU with a busy process and has the least right to it, so it cannot reach T soon."""
     victim = start_victims("wait")
     compute = CpuCompute()
@@ -115,6 +118,9 @@ def test_a_leader_that_gets_no_cpu_is_not_waited_for(start_victims: Callable[...
         with controlled(compute, victim) as target:
             for cycle in range(100):
                 wait_until_it_counts(victim)
+                if witness:
+                    compute.tend([target])
+                    assert target.witness
                 pause(compute, [target])
                 unstopped += leader_state(victim) != "T"
                 assert list(compute.running([target])) == [], "a flagged leader counts as running"

@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
-import fakenv
 import pytest
+
+import fakenv
 
 
 @pytest.fixture

@@ -8,10 +8,11 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
-import fakenv
 import pytest
 from gpu_node import NewNode, Node
 from victims import build
+
+import fakenv
 
 
 @pytest.fixture

@@ -8,9 +8,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import fakenv
 import pytest
 from memory_rig import Rig
+
+import fakenv
 
 
 @pytest.fixture

@@ -16,8 +16,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from valve_deviceplugin.allocator import document, units
 from valve_api.container import ContainerName
+from valve_deviceplugin.allocator import document, units
 from valve_deviceplugin.allocator.ledger import Entry, Ledger
 from valve_deviceplugin.allocator.placement import Gpu, room
 from valve_deviceplugin.allocator.reconcile import Absences, reconcile

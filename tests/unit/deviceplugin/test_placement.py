@@ -7,8 +7,8 @@ from collections import Counter
 
 import pytest
 
-from valve_deviceplugin.allocator import units
 from valve_api.container import ContainerName
+from valve_deviceplugin.allocator import units
 from valve_deviceplugin.allocator.ledger import Entry, Ledger
 from valve_deviceplugin.allocator.placement import Choice, Gpu, choose
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from valve_api.names import RESOURCE_OFFLINE_MEMORY, RESOURCE_ONLINE_GPU
 from valve_api.container import ContainerName
+from valve_api.names import RESOURCE_OFFLINE_MEMORY, RESOURCE_ONLINE_GPU
 from valve_deviceplugin.allocator.lending import GIB, Report
 from valve_deviceplugin.log import Log
 from valve_deviceplugin.state import Node

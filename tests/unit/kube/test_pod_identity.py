@@ -14,15 +14,15 @@ from kubelet_stand_in import Node
 
 from valve_agent.identity import IdentityError, Peer
 from valve_agent.kube import containers as containers_module
+from valve_agent.kube.allocation import Allocation
 from valve_agent.kube.containers import Containers
 from valve_agent.kube.identity import PodIdentity
-from valve_agent.kube.allocation import Allocation
+from valve_agent.registry import Process, Registry, Scan, Tenant
+from valve_agent.wire import RejectCode, Role
 from valve_api.container import ContainerName
 from valve_api.names import RESOURCE_OFFLINE_MEMORY as OFFLINE
 from valve_api.names import RESOURCE_ONLINE_GPU
 from valve_kubelet.podresources import Listing, NoListError
-from valve_agent.registry import Process, Registry, Scan, Tenant
-from valve_agent.wire import RejectCode, Role
 
 GIB = 1 << 30
 UID = "8f1c2d3e-0a1b-4c2d-9e3f-112233445566"

@@ -10,11 +10,13 @@ interrupts it: one `membarrier(GLOBAL_EXPEDITED)` interrupts every CPU that runs
 process and returns after they were, so none can execute a user instruction any more. Seeing every single
 thread stopped would need each of them to be scheduled in first, which takes longer the more there are.
 
-* The fast path looks only at the thread-group leader: the kernel prefers it for the signal. A leader that
-  sleeps must be given a CPU to take it, against its own computing siblings, so until it resumes it has the
+* The fast path looks only at two threads: the thread-group leader, which the kernel prefers for the signal,
+  and a witness, which gets a SIGSTOP of its own: a thread that was seen asleep, libvalve's if there is one.
+  Where one of them waits for a CPU that an online thread has, the other wakes on an idle one. A leader that
+  sleeps must be given a CPU too, against its own computing siblings, so until it resumes it has the
   shortest scheduling slice: then it gets its turn at once and not after theirs.
-* A leader that has not stopped within `ESCALATE_NS`, because it waits for a CPU that an online thread has,
-  or is a zombie, or sits in an uninterruptible wait (vfork), is not waited for. Every thread gets a SIGSTOP
+* A process of which neither has stopped within `ESCALATE_NS`, because every CPU is taken, or the leader is a
+  zombie, or sits in an uninterruptible wait (vfork), is not waited for. Every thread gets a SIGSTOP
   of its own: one that executes is interrupted by the barrier, one that does not has the signal to take before
   its next user instruction. A thread with a signal pending cannot make another thread (the kernel restarts
   its clone after the signal), so the list of threads is whole when it shows none that has not been signalled.
@@ -36,15 +38,18 @@ from valve_agent.devices.base import PauseTimeout, TargetRefused
 from valve_agent.devices.cpu.kernel import membarrier_global_expedited, set_slice, tgkill
 
 POLL_S = 20e-6
-"""Between two looks at the leaders. Looking without a pause would keep the CPU from them."""
+"""Between two looks. Looking without a pause would keep the CPU from them."""
 SHORT_SLICE_NS = 100_000
 SLOW_POLL_S = 200e-6
 ESCALATE_NS = 300_000
-"""How long a leader is waited for; flagging 50 threads takes about as long again."""
+"""How long leader and witness are waited for; flagging 50 threads takes about as long again."""
+WITNESSES_MAX = 8
+"""Threads looked at for one that sleeps."""
 PAUSE_TIMEOUT_NS = 20_000_000
 """How long one `pause` may keep the gate's thread."""
 
 _STOPPED = ord("T")
+_SLEEPING = ord("S")
 _OFF = frozenset(b"TtZXxD")  # states of a thread that executes nothing until a signal or a tracer lets it
 _NO_WITNESS = frozenset(b"ZXxD")  # states of a leader that will not reach T soon, whatever its siblings do
 _TOLD = frozenset(b"TtZXx")  # states of a thread that needs no signal of its own
@@ -60,7 +65,7 @@ _clock = time.monotonic_ns
 class ProcessTarget:
     """One offline process. Its descriptors are bound to the process, not to its number."""
 
-    __slots__ = ("barrier", "gone", "pid", "pidfd", "proc_fd", "stat_fd")
+    __slots__ = ("barrier", "gone", "pid", "pidfd", "proc_fd", "stat_fd", "witness", "witness_fd")
 
     def __init__(self, pid: int, pidfd: int, barrier: bool, proc_fd: int, stat_fd: int) -> None:
         self.pid = pid
@@ -69,6 +74,9 @@ class ProcessTarget:
         self.proc_fd = proc_fd
         self.stat_fd = stat_fd
         self.gone = False
+        self.witness = 0
+        """A thread beside the leader that slept when it was last looked at; 0: none."""
+        self.witness_fd = -1
 
 
 class CpuCompute:
@@ -100,6 +108,7 @@ class CpuCompute:
         return ProcessTarget(pid, pidfd, barrier and self.has_membarrier, proc_fd, stat_fd)
 
     def close(self, target: ProcessTarget) -> None:
+        self._drop_witness(target)
         for fd in (target.pidfd, target.proc_fd, target.stat_fd):
             os.close(fd)
 
@@ -113,6 +122,9 @@ class CpuCompute:
                 _send(target.pidfd, _stop)
             except ProcessLookupError:
                 target.gone = True
+                continue
+            if target.witness:
+                tgkill(target.pid, target.witness, _stop)
         pending = [target for target in targets if target.barrier and not target.gone]
         singly = [target for target in targets if not target.barrier and not target.gone]
         fence = bool(pending)
@@ -122,7 +134,7 @@ class CpuCompute:
             waiting: list[ProcessTarget] = []
             for target in pending:
                 code = self._leader_state(target)
-                if code == _STOPPED or target.gone:
+                if code == _STOPPED or target.gone or self._witness_state(target) == _STOPPED:
                     continue
                 if late or code in _NO_WITNESS:
                     self._flag_threads(target, started)
@@ -160,6 +172,10 @@ class CpuCompute:
         """It has none."""
 
     def tend(self, targets: Sequence[ProcessTarget]) -> Sequence[tuple[ProcessTarget, str]]:
+        """Finds each process a witness that sleeps; none can fail."""
+        for target in targets:
+            if self._witness_state(target) != _SLEEPING:
+                self._choose_witness(target)
         return ()
 
     def notes(self) -> Sequence[tuple[str, dict[str, object]]]:
@@ -181,14 +197,44 @@ class CpuCompute:
         return suspects
 
     def _leader_state(self, target: ProcessTarget) -> int:
-        """The letter after the name in /proc/PID/task/PID/stat; 0 once the process is gone."""
+        """Its leader's state letter; 0 once the process is gone."""
         try:
-            size = _preadv(target.stat_fd, self._into, 0)
+            return self._state_in(target.stat_fd)
         except ProcessLookupError:
             # The leader may have been reaped by an exec of another thread; the pidfd knows better.
             target.gone = self.is_gone(target)
             return 0
-        return self._buffer[self._buffer.rfind(b")", 0, size) + 2]
+
+    def _witness_state(self, target: ProcessTarget) -> int:
+        """The witness's state letter; 0 without one."""
+        if not target.witness:
+            return 0
+        try:
+            return self._state_in(target.witness_fd)
+        except ProcessLookupError:
+            self._drop_witness(target)
+            return 0
+
+    def _choose_witness(self, target: ProcessTarget) -> None:
+        """The first sleeping thread but the leader, of the oldest few: libvalve's is among them."""
+        self._drop_witness(target)
+        for tid in self._threads(target)[1 : 1 + WITNESSES_MAX]:
+            try:
+                target.witness_fd = os.open(
+                    f"task/{tid}/stat", os.O_RDONLY | os.O_CLOEXEC, dir_fd=target.proc_fd
+                )
+            except (ProcessLookupError, FileNotFoundError):
+                continue
+            target.witness = int(tid)
+            if self._witness_state(target) == _SLEEPING:
+                return
+            self._drop_witness(target)
+
+    def _drop_witness(self, target: ProcessTarget) -> None:
+        target.witness = 0
+        if target.witness_fd >= 0:
+            os.close(target.witness_fd)
+            target.witness_fd = -1
 
     def _is_flagged(self, target: ProcessTarget, tid: int) -> bool:
         """A SIGSTOP of its own waits for this thread, to be taken before its next user instruction."""
@@ -222,20 +268,26 @@ class CpuCompute:
 
     def _thread_states(self, target: ProcessTarget) -> dict[int, int]:
         """tid -> state letter of every thread that lives."""
-        states: dict[int, int] = {}
-        for tid in self._threads(target):
-            try:
-                fd = os.open(f"task/{tid}/stat", os.O_RDONLY | os.O_CLOEXEC, dir_fd=target.proc_fd)
-            except (ProcessLookupError, FileNotFoundError):
-                continue
-            try:
-                size = _preadv(fd, self._into, 0)
-            except ProcessLookupError:
-                continue
-            finally:
-                os.close(fd)
-            states[int(tid)] = self._buffer[self._buffer.rfind(b")", 0, size) + 2]
-        return states
+        states = {int(tid): self._state_of(target, tid) for tid in self._threads(target)}
+        return {tid: code for tid, code in states.items() if code}
+
+    def _state_of(self, target: ProcessTarget, tid: str) -> int:
+        """The state letter of one thread; 0 if it has ended."""
+        try:
+            fd = os.open(f"task/{tid}/stat", os.O_RDONLY | os.O_CLOEXEC, dir_fd=target.proc_fd)
+        except (ProcessLookupError, FileNotFoundError):
+            return 0
+        try:
+            return self._state_in(fd)
+        except ProcessLookupError:
+            return 0
+        finally:
+            os.close(fd)
+
+    def _state_in(self, stat_fd: int) -> int:
+        """The letter after the name in /proc/PID/task/TID/stat. Raises ProcessLookupError."""
+        size = _preadv(stat_fd, self._into, 0)
+        return self._buffer[self._buffer.rfind(b")", 0, size) + 2]
 
     def _all_off(self, target: ProcessTarget, states: dict[int, int]) -> bool:
         """No thread executes user code."""
