@@ -27,8 +27,8 @@ class OfflineLoad:
     always in use.  Prompt and output lengths (tokens) vary evenly between their bounds.
     """
 
-    prompts: int = 320
-    sequences: int = 400
+    prompts: int = 256
+    sequences: int = 320
     prompt_tokens: tuple[int, int] = (48, 112)
     output_tokens: tuple[int, int] = (32, 96)
     exclusive_s: float = 40.0
