@@ -30,9 +30,9 @@ def run_demo(out: Path, *options: str) -> dict[str, Any]:
     """The report of a run on a quarter of the demo's memory, which a quarter of its requests fills; fails
     with the demo's own words if it does not exit 0."""
     text = (ROOT / "examples" / "demo.yaml").read_text()
-    assert "memory: 1536Mi" in text
+    assert "memory: 1280Mi" in text
     policy = out / "policy.yaml"
-    policy.write_text(text.replace("memory: 1536Mi", "memory: 384Mi"))
+    policy.write_text(text.replace("memory: 1280Mi", "memory: 384Mi"))
     done = subprocess.run(
         [*COMMAND, "--out", str(out), "--quick", "--policy", str(policy), "--sequences", "100", *options],
         cwd=ROOT,

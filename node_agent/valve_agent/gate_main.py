@@ -16,7 +16,7 @@ from typing import Any
 
 from valve_agent.devices.base import ComputeControl, DeviceMissing
 from valve_agent.devices.cpu.compute import SHORT_SLICE_NS, CpuCompute
-from valve_agent.devices.cpu.kernel import lock_memory, set_slice, set_timer_slack
+from valve_agent.devices.cpu.kernel import lock_memory, run_first, set_slice, set_timer_slack
 from valve_agent.gate import Gate, GateSettings
 from valve_agent.gate_stats import StatsWriter
 
@@ -43,7 +43,9 @@ def main(arguments: list[str]) -> None:
         signal.signal(number, signal.SIG_IGN)  # sent to the whole group: main ends, and then we do
     compute = _compute(device)
     set_timer_slack(1)
-    set_slice(0, SHORT_SLICE_NS)  # a woken gate runs at once, not after the turn of what computes here
+    # A woken gate runs at once, not after the turn of what computes here, nor after the threads it stops.
+    if not run_first():
+        set_slice(0, SHORT_SLICE_NS)
     events = socket.socket(fileno=events_fd)
     events.setblocking(False)
     gate = Gate(

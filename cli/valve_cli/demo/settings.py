@@ -28,7 +28,7 @@ class OfflineLoad:
     """
 
     prompts: int = 256
-    sequences: int = 320
+    sequences: int = 340
     prompt_tokens: tuple[int, int] = (48, 112)
     output_tokens: tuple[int, int] = (32, 96)
     exclusive_s: float = 40.0

@@ -41,6 +41,7 @@ POLL_S = 20e-6
 """Between two looks. Looking without a pause would keep the CPU from them."""
 SHORT_SLICE_NS = 100_000
 SLOW_POLL_S = 200e-6
+SETTLE_S = 2e-3
 ESCALATE_NS = 300_000
 """How long leader and witness are waited for; flagging 50 threads takes about as long again."""
 WITNESSES_MAX = 8
@@ -182,19 +183,21 @@ class CpuCompute:
         return ()
 
     def running(self, targets: Sequence[ProcessTarget]) -> Sequence[ProcessTarget]:
-        """Paused targets that somebody continued. Where the leader is no witness (zombie, D, or still waiting
-        for a CPU to stop on), the threads are."""
-        suspects = []
-        for target in targets:
-            state = self._leader_state(target)
-            if state == _STOPPED or target.gone:
-                continue
-            states = self._thread_states(target)
-            if _STOPPED in states.values():
-                continue  # the stop of the whole process is in force; SIGCONT would have ended it for all
-            if any(code not in _OFF and not self._is_flagged(target, tid) for tid, code in states.items()):
-                suspects.append(target)
-        return suspects
+        """Paused targets that somebody continued. Looks twice: the first thread that takes a stop has none
+        pending and is in no stop yet while it flags all the others."""
+        suspects = [target for target in targets if self._seems_to_run(target)]
+        if suspects:
+            _sleep(SETTLE_S)
+        return [target for target in suspects if self._seems_to_run(target)]
+
+    def _seems_to_run(self, target: ProcessTarget) -> bool:
+        """Where the leader is no witness (zombie, D, or still waiting for a CPU to stop on), the threads are."""
+        if self._leader_state(target) == _STOPPED or target.gone:
+            return False
+        states = self._thread_states(target)
+        if _STOPPED in states.values():
+            return False  # the stop of the whole process is in force; SIGCONT would have ended it for all
+        return any(code not in _OFF and not self._is_flagged(target, tid) for tid, code in states.items())
 
     def _leader_state(self, target: ProcessTarget) -> int:
         """Its leader's state letter; 0 once the process is gone."""
