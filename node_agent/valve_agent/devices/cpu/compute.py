@@ -191,7 +191,7 @@ class CpuCompute:
         return [target for target in suspects if self._seems_to_run(target)]
 
     def _seems_to_run(self, target: ProcessTarget) -> bool:
-        """Where the leader is no witness (zombie, D, or still waiting for a CPU to stop on), the threads are."""
+        """Where the leader tells nothing (zombie, D, or still waiting for a CPU to stop) the threads do."""
         if self._leader_state(target) == _STOPPED or target.gone:
             return False
         states = self._thread_states(target)
