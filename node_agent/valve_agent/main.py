@@ -144,13 +144,13 @@ def main(arguments: argparse.Namespace) -> int:
         agent.limits = GpuLimits(registry, settings.slab_bytes, seen, agent.kill_process)
         if _is_unused(seen):
             memory.fill()  # nobody can hold any: it need not wait for those who come back
-    status = StatusSocket(status_listener)
+    status = StatusSocket(status_listener, surroundings.may_ask)
 
     def document() -> dict[str, object]:
         made = snapshot(agent, gate.stats(), huge_pages=memory.huge_pages, now_ns=time.monotonic_ns())
         return {**made, "cluster": surroundings.facts()}
 
-    server.watch(status.fileno(), lambda: status.answer(document()))
+    server.watch(status.fileno(), lambda: status.answer(document))
     watch = GpuWatch(parts.processes, settings.unknown_processes == "Refuse") if parts.processes else None
     metrics = None
     if arguments.metrics_port:

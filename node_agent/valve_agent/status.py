@@ -13,6 +13,8 @@ from __future__ import annotations
 import json
 import os
 import socket
+import struct
+from collections.abc import Callable
 from typing import Any
 
 from valve_agent.agent import COUNTERS, Agent
@@ -20,6 +22,8 @@ from valve_agent.gate_stats import BUCKETS_US, GateStats
 from valve_agent.wire import Role
 
 SCHEMA = "valve.io/status/v1"
+PEERCRED = struct.Struct("3i")
+"""pid, uid, gid of who connected; pid 0: in a pid namespace that we do not see"""
 
 
 def snapshot(agent: Agent, stats: GateStats, *, huge_pages: bool, now_ns: int) -> dict[str, Any]:
@@ -103,16 +107,18 @@ def _at(ordered_ns: list[int], share: float) -> float | None:
 
 
 class StatusSocket:
-    """Whoever connects gets the snapshot as JSON and the end of the file."""
+    """Whoever connects gets the snapshot as JSON and the end of the file; who may not, the end at once."""
 
-    def __init__(self, listener: socket.socket) -> None:
+    def __init__(self, listener: socket.socket, may_ask: Callable[[int], bool]) -> None:
+        """may_ask(pid): whether that process may read it."""
         self._listener = listener
+        self._may_ask = may_ask
         self._listener.setblocking(False)
 
     def fileno(self) -> int:
         return self._listener.fileno()
 
-    def answer(self, document: dict[str, Any]) -> None:
+    def answer(self, document: Callable[[], dict[str, Any]]) -> None:
         """Serve one waiting client. What does not fit into its socket buffer is cut off; a client that gets
         no whole JSON object asks again."""
         try:
@@ -120,7 +126,10 @@ class StatusSocket:
         except OSError:
             return
         with client:
-            data = json.dumps(document).encode()
+            peer = client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, PEERCRED.size)
+            if not self._may_ask(PEERCRED.unpack(peer)[0]):
+                return
+            data = json.dumps(document()).encode()
             client.setblocking(False)
             client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2 * len(data))
             try:

@@ -30,6 +30,10 @@ class Surroundings(Protocol):
 
     def identity(self, registry: Registry, own_uid: int) -> Identity[Tenant]: ...
 
+    def may_ask(self, pid: int) -> bool:
+        """Whether a process that reached the status socket may read it."""
+        ...
+
     def start(self, agent: Agent) -> None:
         """The agent is whole and about to run."""
         ...
@@ -63,6 +67,10 @@ class OneMachine:
 
     def identity(self, registry: Registry, own_uid: int) -> Identity[Tenant]:
         return LocalIdentity(registry.launchers, own_uid)
+
+    def may_ask(self, pid: int) -> bool:
+        """The socket's mode says it all."""
+        return True
 
     def start(self, agent: Agent) -> None:
         """Nothing has to be started."""

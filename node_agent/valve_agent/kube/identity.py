@@ -87,6 +87,19 @@ class PodIdentity(LocalIdentity[Tenant]):
             )
         return self._tenant(Key(place.uid, name), allocation)
 
+    def is_outsider(self, pid: int) -> bool:
+        """Not a process of a container that Valve serves, nor of one that is not known yet: those have the
+        agent's folder mounted, and root in a container passes every file mode."""
+        if pid <= 0:
+            return False
+        try:
+            name = self._containers.view.names.get(cgroup.of_process(pid, self._proc))
+        except NotInPod:
+            return True
+        if name is None:
+            self._containers.hurry()
+        return name is not None and name not in self._containers.view.allocations
+
     def sync(self) -> None:
         """Once a second: every allocated container that runs is a tenant, attached or not; one that is gone
         and has no processes left is none. Limits follow the settings."""

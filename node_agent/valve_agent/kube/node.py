@@ -166,6 +166,10 @@ class KubernetesNode:
         self._identity = identity
         return identity
 
+    def may_ask(self, pid: int) -> bool:
+        assert self._identity is not None
+        return self._identity.is_outsider(pid)
+
     def start(self, agent: Agent) -> None:
         self._agent = agent
         self._containers.start()

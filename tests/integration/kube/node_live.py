@@ -105,7 +105,7 @@ class PodTenant(TenantProcess):
         container_id = hashlib.sha256(self.uid.encode()).hexdigest()
         ids = {kind: [f"aa-{index:04}" for index in range(count)] for kind, count in resources.items()}
         agent.kubelet.pods.append((name.namespace, name.pod, name.container, ids))
-        folder = agent.cgroup(self.uid, container_id)
+        self.cgroup = folder = agent.cgroup(self.uid, container_id)
         given = child_environment({}, agent.socket, workload, runtime)
         enter = f'echo $$ > {folder}/cgroup.procs; exec "$0" "$@"'  # without libvalve, as runc is
         words = [f"{key}={value}" for key, value in given.items()]

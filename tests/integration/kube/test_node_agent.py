@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 
@@ -135,3 +137,20 @@ def test_a_pod_without_valves_resources_does_not_get_in(running: NodeAgent, pod:
     event = running.wait_event("reject")
     assert "annotate the pod with valve.io/workload" in event["why"] or "not known yet" in event["why"]
     assert other.wait() == 78, "it refuses to run unprotected"
+
+
+def test_a_tenant_learns_nothing_of_the_others(running: NodeAgent, pod: Pods) -> None:
+    """The status socket lies in the folder that tenants mount, and root in a container passes its mode."""
+    tenant = pod(running, "offline", "batch", "job-1")
+    assert tenant.ask("attach", timeout_ms=15_000)["attached"], tenant.ask("state")
+    procs = next(place for place in tenant.cgroup.rglob("cgroup.procs"))
+    read = (
+        "import socket, sys; s = socket.socket(socket.AF_UNIX); s.connect(sys.argv[1]); "
+        "print(len(b''.join(iter(lambda: s.recv(65536), b''))))"
+    )
+    ask = [sys.executable, "-c", read, f"{running.socket}.status"]
+    inside = ["sh", "-c", f'echo $$ > {procs}; exec "$0" "$@"', *ask]
+    answers = [
+        subprocess.run(command, capture_output=True, text=True, check=True) for command in (inside, ask)
+    ]
+    assert [int(answer.stdout) > 0 for answer in answers] == [False, True]
