@@ -14,6 +14,8 @@ import ctypes
 import mmap
 from pathlib import Path
 
+from valve_agent.devices.nvidia.cuda_driver import Access, Prop
+
 PAGE = 2 << 20
 _READ_WRITE = 3
 
@@ -22,25 +24,6 @@ class CudaError(Exception):
     def __init__(self, function: str, code: int) -> None:
         super().__init__(f"{function} answers {code}")
         self.code = code
-
-
-class Prop(ctypes.Structure):
-    """CUmemAllocationProp"""
-
-    _fields_ = (
-        ("type", ctypes.c_int),
-        ("handle_types", ctypes.c_int),
-        ("location_type", ctypes.c_int),
-        ("location_id", ctypes.c_int),
-        ("win32", ctypes.c_void_p),
-        ("flags", ctypes.c_uint8 * 8),
-    )
-
-
-class Access(ctypes.Structure):
-    """CUmemAccessDesc"""
-
-    _fields_ = (("location_type", ctypes.c_int), ("location_id", ctypes.c_int), ("flags", ctypes.c_int))
 
 
 class KernelNode(ctypes.Structure):

@@ -30,7 +30,7 @@ class CudaError(DeviceError):
         self.code = code
 
 
-class _Prop(ctypes.Structure):
+class Prop(ctypes.Structure):
     """CUmemAllocationProp."""
 
     _fields_ = (
@@ -43,7 +43,7 @@ class _Prop(ctypes.Structure):
     )
 
 
-class _Access(ctypes.Structure):
+class Access(ctypes.Structure):
     """CUmemAccessDesc."""
 
     _fields_ = (("location_type", ctypes.c_int), ("location_id", ctypes.c_int), ("flags", ctypes.c_int))
@@ -145,7 +145,7 @@ class CudaDriver:
     def map(self, ordinal: int, base: int, size_bytes: int, handle: int) -> None:
         """Map an allocation and let the device use it."""
         self._call("cuMemMap", base, size_bytes, 0, handle, 0)
-        access = _Access(_ON_DEVICE, ordinal, _READ_WRITE)
+        access = Access(_ON_DEVICE, ordinal, _READ_WRITE)
         self._call("cuMemSetAccess", base, size_bytes, ctypes.byref(access), 1)
 
     def unmap(self, base: int, size_bytes: int) -> None:
@@ -172,5 +172,5 @@ class CudaDriver:
         return (name.value or b"unknown error").decode()
 
 
-def _prop(ordinal: int) -> _Prop:
-    return _Prop(_PINNED, _POSIX_FD, _ON_DEVICE, ordinal)
+def _prop(ordinal: int) -> Prop:
+    return Prop(_PINNED, _POSIX_FD, _ON_DEVICE, ordinal)
