@@ -221,6 +221,14 @@ class Memory(ApiModel):
         "32Mi keeps a GiB below 32 calls. 2Mi suits the cpu device.",
         unit="bytes",
     )
+    pool: Share = setting(
+        Share.parse("60%"),
+        what="Memory of a GPU that Valve cuts into slabs and lends out. Rounded down to whole slabs. The cpu "
+        "device has its own size, spec.cpuDevice.memory.",
+        why="the rest holds what engines allocate by themselves: weights, contexts, activations, workspaces. "
+        "Less for large models, more where weights are small beside the KV cache.",
+        unit="bytes or % of GPU",
+    )
     reservation: Reservation = setting(Reservation, what="Free memory kept for online above its current use.")
     online_floor: Share = setting(
         Share.parse("0%"),

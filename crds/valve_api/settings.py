@@ -62,16 +62,16 @@ class EffectiveSettings:
     max_reclaims_per_minute: int
 
 
-def settings_for(policy: ColocationPolicy, device_bytes: int | None = None) -> EffectiveSettings:
-    """The settings of `policy` on a device of `device_bytes`; None: the policy's own cpu device.
+def settings_for(policy: ColocationPolicy, gpu_bytes: int | None = None) -> EffectiveSettings:
+    """The settings of `policy` on a GPU of `gpu_bytes`; None: on the policy's own cpu device.
 
     Raises PolicyError where the policy describes no such device or does not fit it.
     """
-    return settings_from(policy.spec, policy.metadata.name, device_bytes)
+    return settings_from(policy.spec, policy.metadata.name, gpu_bytes)
 
 
 def settings_from(
-    spec: Settings, name: str, device_bytes: int | None = None, source: str = ""
+    spec: Settings, name: str, gpu_bytes: int | None = None, source: str = ""
 ) -> EffectiveSettings:
     """Like settings_for, from the part of a spec that policies and nodes share.
 
@@ -80,7 +80,12 @@ def settings_from(
     source = source or f"policy {name}"
     memory = spec.memory
     slab_bytes = int(memory.slab_size)
-    if device_bytes is None:
+    if gpu_bytes is not None:
+        device_bytes = memory.pool.of(gpu_bytes)
+        if device_bytes > gpu_bytes:
+            text = f"larger than this GPU, which has {format_quantity(gpu_bytes)}"
+            raise PolicyError(source, [Problem("spec.memory.pool", str(memory.pool), text)])
+    else:
         if spec.cpu_device is None:
             text = "missing: the cpu device needs spec.cpuDevice.memory, 1536Mi for example"
             raise PolicyError(source, [Problem("spec.cpuDevice", "", text)])

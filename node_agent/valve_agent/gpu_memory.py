@@ -17,16 +17,8 @@ from valve_agent.devices.nvidia.memory import NvidiaMemoryPool
 from valve_agent.devices.nvidia.physical import PhysicalSlabs
 from valve_agent.devices.nvidia.uvm import Mapper
 
-POOL_PERCENT = 60
-"""Part of a GPU's memory that is cut into slabs. The rest holds what engines allocate by themselves: weights,
-contexts, activations, workspaces."""
 QUARANTINES = 64
-"""Most arenas at once; each has a quarantine allocation of one slab, from the rest."""
-
-
-def pool_bytes(device_bytes: int) -> int:
-    """How much of a GPU the pool takes."""
-    return device_bytes * POOL_PERCENT // 100
+"""Most arenas at once; each has a quarantine allocation of one slab, from what is not in the pool."""
 
 
 def open_memory(

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from valve_agent.devices.cpu.memory import check_fits_machine
-from valve_agent.gpu_memory import pool_bytes
 from valve_agent.wire import Device
 from valve_api.settings import EffectiveSettings
 
@@ -61,7 +60,7 @@ def nvidia_parts(settings_of: SettingsOf, number: int = 0, commit: str = "none")
         devices = inventory.devices()
         if number >= len(devices):
             raise DeviceMissing(f"there is no GPU {number}; this machine has {len(devices)}")
-        settings = settings_of(pool_bytes(devices[number].memory_bytes))
+        settings = settings_of(devices[number].memory_bytes)
         choice = probe.choose(settings.route, commit)
         inventory.watch(number)
     except BaseException:

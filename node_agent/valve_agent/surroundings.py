@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 
 class Surroundings(Protocol):
-    def settings(self, device_bytes: int | None = None) -> EffectiveSettings:
-        """What to start with on a device of so many bytes (None: the policy's own cpu device); may wait.
+    def settings(self, gpu_bytes: int | None = None) -> EffectiveSettings:
+        """What to start with on a GPU of so many bytes (None: on the policy's own cpu device); may wait.
         Raises PolicyError, OSError."""
         ...
 
@@ -62,8 +62,8 @@ class OneMachine:
     def __init__(self, policy: Path | str) -> None:
         self._policy = policy
 
-    def settings(self, device_bytes: int | None = None) -> EffectiveSettings:
-        return settings_for(load_policy(self._policy), device_bytes)
+    def settings(self, gpu_bytes: int | None = None) -> EffectiveSettings:
+        return settings_for(load_policy(self._policy), gpu_bytes)
 
     def identity(self, registry: Registry, own_uid: int) -> Identity[Tenant]:
         return LocalIdentity(registry.launchers, own_uid)

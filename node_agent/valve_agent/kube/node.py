@@ -68,15 +68,15 @@ class _Specified(ApiModel):
     spec: NodeSpec = setting(REQUIRED, what="Effective settings.")
 
 
-def wanted_of(node: Mapping[str, Any], device_bytes: int | None = None) -> Wanted:
-    """What a ColocationNode asks for on a device of so many bytes (None: the spec's own cpu device)."""
+def wanted_of(node: Mapping[str, Any], gpu_bytes: int | None = None) -> Wanted:
+    """What a ColocationNode asks for on a GPU of so many bytes (None: on the spec's own cpu device)."""
     uid, generation = version_of(node)
     source = f"ColocationNode {node['metadata'].get('name')}"
     document = {"spec": copy.deepcopy(node.get("spec") or {})}
     unknown = _without_unknown(document)
     try:
         spec = _Specified.model_validate(document).spec
-        settings = settings_from(spec, spec.policy.name, device_bytes, source)
+        settings = settings_from(spec, spec.policy.name, gpu_bytes, source)
         return Wanted(uid, generation, settings, unknown=unknown)
     except ValidationError as error:
         return Wanted(uid, generation, None, str(PolicyError(source, problems_of(error, _Specified))))
@@ -124,7 +124,7 @@ class KubernetesNode:
         self._node = node
         self._api = api
         self._stderr = stderr
-        self._device_bytes: int | None = None
+        self._gpu_bytes: int | None = None
         self._wanted: Wanted | None = None
         self._following: Wanted | None = None
         """The last one that is in force, wholly or but for a restart."""
@@ -142,9 +142,9 @@ class KubernetesNode:
 
     # Surroundings ---------------------------------------------------------------------------------------
 
-    def settings(self, device_bytes: int | None = None) -> EffectiveSettings:
+    def settings(self, gpu_bytes: int | None = None) -> EffectiveSettings:
         """Waits until the operator has written settings that hold here; says so while it does."""
-        self._device_bytes = device_bytes
+        self._gpu_bytes = gpu_bytes
         self._watch.start()
         self._reporter.start()
         said = 0.0
@@ -213,7 +213,7 @@ class KubernetesNode:
             self._conditions = (node.get("status") or {}).get("conditions") or []
         wanted = self._wanted
         if wanted is None or (wanted.uid, wanted.generation) != version_of(node):
-            self._wanted = wanted_of(node, self._device_bytes)
+            self._wanted = wanted_of(node, self._gpu_bytes)
         self._arrived.set()
 
     def _follow(self, agent: Agent) -> None:

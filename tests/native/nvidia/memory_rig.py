@@ -29,6 +29,7 @@ metadata: {name: test}
 spec:
   compute: {lease: 2s}
   memory:
+    pool: 100%
     slabSize: 2Mi
     onlineFloor: 0%
     reservation: {min: 2Mi, max: 2Mi, quietPeriod: 60s}

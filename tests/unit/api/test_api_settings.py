@@ -23,6 +23,8 @@ MS, S = 10**6, 10**9
 
 
 def policy_with(**spec: Any) -> Any:
+    """The whole GPU is the pool, unless the case says otherwise."""
+    spec["memory"] = {"pool": "100%", **spec.get("memory", {})}
     return policy_from(
         {
             "apiVersion": "valve.io/v1alpha1",
@@ -43,9 +45,9 @@ def test_every_example_policy_loads() -> None:
 
 def test_demo_is_a_small_cpu_device_that_reclaims_often() -> None:
     settings = settings_for(load_policy(EXAMPLES / "demo.yaml"))
-    assert settings.device_bytes == 1536 * MI
+    assert settings.device_bytes == 1280 * MI
     assert settings.slab_bytes == 2 * MI
-    assert settings.slabs == 768
+    assert settings.slabs == 640
     assert settings.reservation.min_slabs <= 2
     assert settings.reservation.quiet_ns <= 2 * S
     assert settings.offline_default_bytes == settings.device_bytes
@@ -123,6 +125,8 @@ CHANGES: list[tuple[str, dict[str, Any], str, object]] = [
     ("pause", {"guardrails": {"pauseTimeout": "10ms"}}, "pause_timeout_ns", 10 * MS),
     ("min, rounded up", {"memory": {"reservation": {"min": "33Mi"}}}, "reservation.min_slabs", 2),
     ("min of nothing", {"memory": {"reservation": {"min": 0}}}, "reservation.min_slabs", 1),
+    ("pool, a share", {"memory": {"pool": "60%"}}, "slabs", 1536),
+    ("pool, bytes", {"memory": {"pool": "10Gi"}}, "slabs", 320),
     ("max", {"memory": {"reservation": {"max": "100%"}}}, "reservation.max_slabs", 2560),
     ("factor", {"memory": {"reservation": {"factor": 1.5}}}, "reservation.factor", 1.5),
     ("decrease, rounded up", {"memory": {"reservation": {"decrease": 1}}}, "reservation.decrease_slabs", 1),
@@ -146,6 +150,7 @@ UNFIT: list[tuple[str, dict[str, Any], int | None, str]] = [
     ("no device at all", {}, None, "spec.cpuDevice: missing: the cpu device needs spec.cpuDevice.memory"),
     ("a device of 7 slabs", {}, 7 * 32 * MI, "into 7 slabs; 8 to 65536 are allowed"),
     ("a device of too many slabs", {"memory": {"slabSize": "2Mi"}}, 256 * GI, "into 131072 slabs"),
+    ("a pool beyond the GPU", {"memory": {"pool": "81Gi"}}, 80 * GI, "spec.memory.pool: 81Gi: larger than"),
     ("min above max here", {"memory": {"reservation": {"min": "50Gi"}}}, 80 * GI, "larger than max (50%)"),
     ("a reservation beyond the device", {"memory": {"reservation": {"max": "1Ti"}}}, 80 * GI, "has 80Gi"),
     ("a floor of the whole device", {"memory": {"onlineFloor": "80Gi"}}, 80 * GI, "leaves offline no slab"),

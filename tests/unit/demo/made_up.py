@@ -11,7 +11,7 @@ from valve_cli.demo.measure import ValveRecord
 from valve_cli.demo.phases import PhaseRecord
 
 SECOND = 1_000_000_000
-SLABS = 768
+SLABS = 640
 PROMPTS = 40
 
 
