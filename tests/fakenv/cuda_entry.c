@@ -68,9 +68,12 @@ static void *entry(const char *symbol)
     return NULL;
 }
 
+API CUresult cuGetProcAddress(const char *symbol, void **function, int version, uint64_t flags);
+
 API CUresult cuGetProcAddress_v2(const char *symbol, void **function, int version, uint64_t flags, int *status)
 {
-    *function = entry(symbol);
+    bool first = version < 12000 && strcmp(symbol, "cuGetProcAddress") == 0; /* without `status` until CUDA 12 */
+    *function = first ? (void *)cuGetProcAddress : entry(symbol);
     if (status)
         *status = *function ? 0 : 1; /* found, or symbol not found */
     return *function ? CUDA_SUCCESS : CUDA_ERROR_NOT_FOUND;

@@ -194,16 +194,17 @@ static void *wrap(void *real, enum what what)
 typedef int finder(const char *, void **, int, uint64_t, int *);
 static finder *real_finder, *real_finder_v2;
 
-static int after_finding(int result, const char *name, void **function);
+static int after_finding(int result, const char *name, void **function, int version);
 
+/* The first version has no `status`: a caller of it leaves there what it likes, and the real one does not look. */
 static int find(const char *name, void **function, int version, uint64_t flags, int *status)
 {
-    return after_finding(real_finder(name, function, version, flags, status), name, function);
+    return after_finding(real_finder(name, function, version, flags, status), name, function, version);
 }
 
 static int find_v2(const char *name, void **function, int version, uint64_t flags, int *status)
 {
-    return after_finding(real_finder_v2(name, function, version, flags, status), name, function);
+    return after_finding(real_finder_v2(name, function, version, flags, status), name, function, version);
 }
 
 static void *instead_of(void *real, const char *name, enum what what, int is_v2)
@@ -217,13 +218,13 @@ static void *instead_of(void *real, const char *name, enum what what, int is_v2)
     return is_v2 ? (void *)find_v2 : (void *)find;
 }
 
-static int after_finding(int result, const char *name, void **function)
+static int after_finding(int result, const char *name, void **function, int version)
 {
     enum what what = result == 0 && name && function && *function ? what_is(name) : NOTHING;
     if (result == 0 && name && function && *function && gpu_on() && memory_limit_wants(name, 0))
         *function = memory_limit_wrap(name, *function);
-    if (what != NOTHING && gpu_on()) /* asked by its base name, it gives the newest version */
-        *function = instead_of(*function, name, what, 1);
+    if (what != NOTHING && gpu_on()) /* asked by its base name, it gives the newest that this version of CUDA had */
+        *function = instead_of(*function, name, what, version >= 12000);
     return result;
 }
 

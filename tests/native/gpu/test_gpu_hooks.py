@@ -37,6 +37,16 @@ class Way:
                                 ctypes.c_void_p)(f.value)
         assert find(name.encode(), ctypes.byref(p), 12000, 0, None) == 0
         return ctypes.CFUNCTYPE(ctypes.c_int, *[ctypes.c_void_p] * 11)(p.value)
+    def finder_of_first_finder():
+        find, p, zero = {}, ctypes.c_void_p(), ctypes.c_uint64(0)
+        for version in (12000, 11080, 12010):
+            f = ctypes.c_void_p()
+            assert cu.lib.cuGetProcAddress_v2(b"cuGetProcAddress", ctypes.byref(f), version, zero, None) == 0
+            find[version] = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int,
+                                             ctypes.c_uint64, ctypes.c_void_p)(f.value)
+        left_over = 1  # in the register of a fifth argument, by a caller that knows of four
+        assert find[11080](name.encode(), ctypes.byref(p), 11080, 0, left_over) == 0
+        return ctypes.CFUNCTYPE(ctypes.c_int, *[ctypes.c_void_p] * 11)(p.value)
 f = ctypes.c_void_p(); cu("cuModuleGetFunction", ctypes.byref(f), cu.module, b"nop")
 params = (ctypes.c_void_p * 1)()
 call = Way.%s()
@@ -51,7 +61,7 @@ def captured(new_machine: fakenv.NewMachine, library: Path, tmp_path: Path) -> I
     made.close()
 
 
-@pytest.mark.parametrize("way", ["linked", "dlsym", "finder", "finder_of_finder"])
+@pytest.mark.parametrize("way", ["linked", "dlsym", "finder", "finder_of_finder", "finder_of_first_finder"])
 def test_a_launch_waits_however_it_was_found(captured: Captured, way: str) -> None:
     captured.run(VICTIM)
     captured.run(FIND % ("cuLaunchKernel", way))
