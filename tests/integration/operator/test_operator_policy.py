@@ -33,7 +33,8 @@ def test_a_policy_becomes_settings_labels_daemonsets_and_a_status(installed: Ins
             *("NAME", "READY", "NODES", "CURRENT", "GPUS", "P99", "US", "PREEMPTIONS", "RECLAIMS", "AGE"),
             *("fleet", "True", "2", "2", "2", "400", "6", "2"),
         ]
-        events = kubectl.get("events", "-n", "default", "--field-selector=involvedObject.name=fleet")["items"]
+        mine = f"involvedObject.uid={kubectl.get('colo', 'fleet')['metadata']['uid']}"  # others had that name
+        events = kubectl.get("events", "-n", "default", f"--field-selector={mine}")["items"]
         assert sorted(event["reason"] for event in events) == ["NotReady", "Ready"]
 
         quiet = operator.metrics()['valve_operator_actions_total{outcome="done"}']

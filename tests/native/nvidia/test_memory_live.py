@@ -38,7 +38,7 @@ class LiveRig(Rig):
 
 @pytest.fixture
 def live(fakenv_binaries: Path, bundle: Path, tmp_path: Path) -> Iterator[LiveRig]:
-    policy = POLICY.replace("lease: 2s", "lease: 2s, recoveryGrace: 300ms")
+    policy = POLICY.replace("lease: 2s", "lease: 2s, recoveryGrace: 300ms").replace("    pool: 100%\n", "")
     with (
         fakenv.Machine(fakenv_binaries, memory_mib=64) as machine,
         LiveRig(machine, bundle, tmp_path, policy=policy) as rig,

@@ -14,7 +14,7 @@ EXAMPLES = Path(__file__).parents[3] / "examples"
 
 @pytest.mark.parametrize(
     ("example", "says"),
-    [("demo.yaml", "768 slabs of 2Mi"), ("policy.yaml", "its sizes follow each node's GPUs")],
+    [("demo.yaml", "640 slabs of 2Mi"), ("policy.yaml", "its sizes follow each node's GPUs")],
 )
 def test_an_example_is_valid(example: str, says: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["policy", "check", str(EXAMPLES / example)]) == 0
