@@ -61,15 +61,14 @@ class PodResources:
 
 def listing_of(pods: Iterable[pr.PodResources], resources: Collection[str]) -> Listing:
     """Entries of one resource are added up: devices with a topology come one by one."""
-    found: Listing = {}
+    found: dict[tuple[str, ContainerName], set[str]] = {}
     for pod in pods:
         for container in pod.containers:
             owner = ContainerName(pod.namespace, pod.name, container.name)
             for devices in container.devices:
                 if devices.resource_name in resources and devices.device_ids:
-                    key = (devices.resource_name, owner)
-                    found[key] = found.get(key, frozenset()) | frozenset(devices.device_ids)
-    return found
+                    found.setdefault((devices.resource_name, owner), set()).update(devices.device_ids)
+    return {key: frozenset(ids) for key, ids in found.items()}
 
 
 def reason(error: grpc.RpcError) -> str:

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from e2e.cluster.kubectl import Kubectl
+from e2e.cluster.kubectl import Kubectl, Refused
 from e2e.cluster.node import Node
 from e2e.cluster.processes import wait_for
 from e2e.scenarios.kubernetes import tenants
@@ -16,6 +16,7 @@ NAMESPACE = "shop"
 ONLINE = {"valve.io/workload": "online"}
 OFFLINE = {"valve.io/workload": "offline", "valve.io/gpu-memory": "1Gi"}
 START_S = 150
+ADMISSION_S = 60
 
 
 class Shop:
@@ -35,9 +36,19 @@ class Shop:
         self.works()
 
     def start_batch(self) -> None:
-        """The offline pod, when there is none. `works` waits for its first round."""
-        self.kubectl.apply(tenants.pod(NAMESPACE, "batch", tenants.batch_command(), OFFLINE))
+        """The offline pod, when there is none. `works` waits for its first round. Admission may be away for a
+        moment, with the node that it was drained from: then the pod is refused, and asked for again."""
+        wait_for("admission", self._create_batch, ADMISSION_S)
         self.pods["batch"] = self._running("batch")
+
+    def _create_batch(self) -> bool:
+        try:
+            self.kubectl.apply(tenants.pod(NAMESPACE, "batch", tenants.batch_command(), OFFLINE))
+        except Refused as refused:
+            if "failed calling webhook" not in refused.sentence:
+                raise
+            return False
+        return True
 
     def works(self) -> None:
         wait_for("the batch's first round", lambda: bool(self.rounds()), START_S)
