@@ -7,10 +7,15 @@ break and remove it. Device: cpu.
 
 from __future__ import annotations
 
+import statistics
+import time
+from typing import Any
+
 import pytest
 
 from e2e.cluster.cluster import Cluster
 from e2e.cluster.foreign import ForeignCluster
+from e2e.cluster.images import small
 from e2e.cluster.kubectl import Kubectl
 from e2e.scenarios.kubernetes import product
 
@@ -73,3 +78,45 @@ def test_a_container_cannot_change_its_own_image(kubectl: Kubectl, component: st
 def test_the_device_plugin_has_no_token(kubectl: Kubectl, component: str, has: bool) -> None:
     place = "/var/run/secrets/kubernetes.io/serviceaccount/token"
     assert inside(kubectl, component, f"os.path.exists('{place}')") == str(has)
+
+
+STARTS = 5
+OFFLINE = {"valve.io/workload": "offline", "valve.io/gpu-memory": "1Gi"}
+
+
+def test_the_runtime_costs_a_pod_little_time(kubectl: Kubectl, namespace: str) -> None:
+    """From the request that creates a pod to the end of its program, with and without Valve, in turns."""
+    took_s: dict[str, list[float]] = {"plain": [], "offline": []}
+    for number in range(STARTS):
+        for kind, marks in (("plain", {}), ("offline", OFFLINE)):
+            name = f"{kind}-{number}"
+            begun_s = time.monotonic()
+            kubectl.apply(printer(namespace, name, marks))
+            kubectl.until(
+                f"{name} ended",
+                ["pod", name, "-n", namespace],
+                lambda pod: pod["status"]["phase"] == "Succeeded",
+            )
+            took_s[kind].append(time.monotonic() - begun_s)
+            preload = kubectl("logs", name, "-n", namespace).strip()
+            assert preload.startswith("/opt/valve/") == bool(marks), preload
+            kubectl("delete", "pod", name, "-n", namespace, "--wait=true")
+    medians = {kind: statistics.median(times) for kind, times in took_s.items()}
+    print(f"created to ended, p50 of {STARTS}: {medians} s (device: cpu)")
+
+
+def ended(pod: dict[str, Any]) -> bool:
+    return bool(pod["status"]["phase"] == "Succeeded")
+
+
+def printer(namespace: str, name: str, marks: dict[str, str]) -> dict[str, Any]:
+    """A pod that says which libraries are preloaded into it."""
+    script = "cat /etc/ld.so.preload 2>/dev/null || echo nothing"
+    return {
+        "apiVersion": "v1", "kind": "Pod",
+        "metadata": {"name": name, "namespace": namespace, "annotations": marks},
+        "spec": {
+            "restartPolicy": "Never", "terminationGracePeriodSeconds": 1,
+            "containers": [{"name": "main", "image": small.BUSYBOX, "command": ["sh", "-c", script]}],
+        },
+    }  # fmt: skip
