@@ -114,7 +114,7 @@ def test_online_never_notices_a_drain(shop: Shop) -> None:
         with pytest.raises(Refused, match="disruption budget"):
             shop.kubectl(
                 "drain", shop.node.name, "--ignore-daemonsets", "--delete-emptydir-data", "--force",
-                "--timeout=20s",
+                "--timeout=20s", timeout_s=180,  # it looks at its own clock between pods only
             )  # fmt: skip
         load.more()
         left = {pod["metadata"]["name"] for pod in shop.kubectl.items("pods", "-n", shops.NAMESPACE)}
