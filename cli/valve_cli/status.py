@@ -62,10 +62,16 @@ def main(argv: list[str]) -> int:
 
 
 def as_text(status: dict[str, Any]) -> str:
+    parts = [_device(gpu) for gpu in status["gpus"]]
+    parts += [f"{gpu} is not shared: {why}" for gpu, why in status["unusable"].items()]
+    return "\n".join(parts)
+
+
+def _device(status: dict[str, Any]) -> str:
     slabs, reclaims, preempt = status["slabs"], status["reclaims"], status["preempt_us"]
     each = slabs["bytes_each"] >> 20
     lines = [
-        f"policy {status['policy']} on device {status['device']}, up {status['uptime_s']:.0f} s; "
+        f"policy {status['policy']} on device {status['id']}, up {status['uptime_s']:.0f} s; "
         f"offline is {'paused' if status['offline_paused'] else 'running'}",
         f"slabs of {each}Mi: {slabs['total']} in all, {slabs['free']} free, "
         f"{slabs['reservation']} reserved for online"

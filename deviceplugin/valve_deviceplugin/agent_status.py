@@ -55,28 +55,16 @@ def read_status(agent_socket: Path, timeout_s: float) -> dict[str, Any]:
 
 
 def reports_of(status: Mapping[str, Any]) -> list[Report]:
-    """The GPUs in a status, of one device or of several. Raises AgentError."""
+    """The GPUs in a status. Raises AgentError."""
     try:
-        if "gpus" in status:
-            return [_one_of_several(gpu) for gpu in status["gpus"]]
-        return [_only_device(status)]
+        return [_report(gpu) for gpu in status["gpus"]]
     except (KeyError, TypeError, ValueError) as error:
         raise AgentError(f"the agent's status is not whole: {error!r}") from error
 
 
-def _one_of_several(gpu: Mapping[str, Any]) -> Report:
+def _report(gpu: Mapping[str, Any]) -> Report:
     numa_node = gpu.get("numa_node")
     return Report(
         str(gpu["id"]), int(gpu["memory_bytes"]), int(gpu["lendable_bytes"]), int(gpu["online_tenants"]),
         None if numa_node is None else int(numa_node),
     )  # fmt: skip
-
-
-def _only_device(status: Mapping[str, Any]) -> Report:
-    slabs, tenants = status["slabs"], status["tenants"].values()
-    each, total = int(slabs["bytes_each"]), int(slabs["total"])
-    offline_held = sum(int(tenant["held_slabs"]) for tenant in tenants if tenant["role"] == "offline")
-    spare = int(slabs["free"]) - int(slabs["reservation"]) + offline_held
-    lendable = min(total - int(slabs.get("online_floor", 0)), spare)
-    online = sum(1 for tenant in tenants if tenant["role"] == "online")
-    return Report(str(status["device"]), total * each, lendable * each, online)

@@ -13,14 +13,14 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Protocol
 
 from valve_agent import gpu_link, watchdog, wire
 from valve_agent.connection import Connection, Kind
 from valve_agent.devices.base import ArenaError, DeviceError, MemoryPool
 from valve_agent.devices.cpu.kernel import set_slice
-from valve_agent.events import EventLog
+from valve_agent.events import EventLog, Labelled
 from valve_agent.gate_link import GateDied, GateError, HoldTimeout
 from valve_agent.gpu_limits import GpuLimits
 from valve_agent.gpu_watch import GpuWatch
@@ -51,14 +51,45 @@ class AgentFailed(Exception):
     """The agent cannot go on; it must end so that runtimes fail safe and a successor starts clean."""
 
 
+class Siblings(Protocol):
+    """What the agent of one device asks about those of the machine's other devices (router.py)."""
+
+    common_doorbell_fd: int
+
+    def also_on(self, agent: Agent, pid: int) -> Sequence[Agent]:
+        """The other devices of an online process that said HELLO to `agent`."""
+        ...
+
+    def role_of(self, agent: Agent, pid: int) -> tuple[Role, bool]:
+        """(role by the tenant it descends from, NONE without one; whether this device is the tenant's)."""
+        ...
+
+
+class NoSiblings:
+    """Of the only device."""
+
+    common_doorbell_fd = -1
+
+    def also_on(self, agent: Agent, pid: int) -> Sequence[Agent]:
+        return ()
+
+    def role_of(self, agent: Agent, pid: int) -> tuple[Role, bool]:
+        try:
+            return agent.identity.tenant_of(pid).role, True
+        except IdentityError:
+            return Role.NONE, False
+
+
 class Agent:
-    """See the module. `pool` is set by main after construction: each needs the other."""
+    """One device's. See the module. `pool` is set by main after construction: each needs the other."""
 
     pool: Pool
     moves: SlabMoves | None = None
     """Set by main where the agent maps memory itself (nvidia)."""
     limits: GpuLimits | None = None
     """Likewise: what tenants may allocate beside their arenas."""
+    siblings: Siblings = NoSiblings()
+    """Likewise, where the machine has several devices."""
 
     def __init__(
         self,
@@ -69,7 +100,7 @@ class Agent:
         memory: MemoryPool[Any],
         registry: Registry,
         identity: Identity[Tenant],
-        events: EventLog,
+        events: EventLog | Labelled,
         device: wire.Device = wire.Device.CPU,
         clock: Callable[[], int] = time.monotonic_ns,
     ) -> None:
@@ -100,6 +131,8 @@ class Agent:
         self._reject_log = RateLimit(REJECTS_LOGGED_PER_MINUTE, REJECTS_LOGGED_PER_MINUTE, self.started_ns)
         self._clock = clock
         self._by_connection: dict[int, Process] = {}
+        self._guests: dict[int, Process] = {}
+        """Connection -> engine of another device's agent that uses this device too."""
         self._launchers: dict[int, Tenant] = {}
         self._by_holder: dict[int, Process] = {}
         self._holders = 0
@@ -327,6 +360,7 @@ class Agent:
         tenant = process.tenant
         gpu_link.check_version(tenant.role, self.device, connection.version)
         helper = connection.peer.pid != main
+        others = tuple(self.siblings.also_on(self, main)) if tenant.role == Role.ONLINE else ()
         page_fd, page = Page.create()
         if self.limits is not None and tenant.role == Role.OFFLINE:
             page.memory_limit_bytes = self.limits.first(tenant)
@@ -334,6 +368,8 @@ class Agent:
         try:
             if tenant.role == Role.ONLINE:
                 self.gate.add_engine(connection.id, main, page_fd)
+                for other in others:
+                    other.add_guest(connection.id, process, page_fd)
             else:
                 barrier = bool(hello.flags & wire.HelloFlag.BARRIER)
                 self.gate.add_target(connection.id, main, process.pidfd, page_fd, barrier)
@@ -342,10 +378,14 @@ class Agent:
             os.close(page_fd)
             if isinstance(error, GateDied):
                 raise
+            for other in others:
+                other.remove_guest(connection.id)
+            self.gate.remove(connection.id)
             raise IdentityError(
                 RejectCode.EIDENTITY, f"process {main} cannot be controlled: {error}"
             ) from error
         process.link = Link(connection.id, page_fd, page, os.dup(connection.peer.pidfd) if helper else None)
+        process.others = others
         process.helper_pid = connection.peer.pid if helper else None
         process.helper_cpu_s = None
         if helper:
@@ -353,7 +393,8 @@ class Agent:
         self._by_connection[connection.id] = process
         connection.kind = Kind.RUNTIME
         self._emit_for(process, "attach", role=tenant.role.name.lower(), helper=helper, comm=process.comm)
-        fds = [page_fd, self.gate.doorbell_fd] if tenant.role == Role.ONLINE else [page_fd]
+        doorbell_fd = self.siblings.common_doorbell_fd if others else self.gate.doorbell_fd
+        fds = [page_fd, doorbell_fd] if tenant.role == Role.ONLINE else [page_fd]
         connection.send(
             wire.Welcome(
                 role=tenant.role, device=self.device, tenant=tenant.id, slab_bytes=self.settings.slab_bytes,
@@ -414,7 +455,19 @@ class Agent:
         if process.memory is not None:
             self.pool.disconnected(process.memory.holder)
         self.gate.remove(link.connection)
+        for other in process.others:
+            other.remove_guest(link.connection)
         self._emit_for(process, "detach", why=why)
+
+    def add_guest(self, connection: int, process: Process, page_fd: int) -> None:
+        """An engine of another device's agent computes here too: it is busy for both. Raises GateError."""
+        self.gate.add_engine(connection, process.pid, page_fd)
+        self._guests[connection] = process
+
+    def remove_guest(self, connection: int) -> None:
+        if self._guests.pop(connection, None) is not None and not self.closing:
+            self.usage.engine_gone(connection, self._clock())
+            self.gate.remove(connection)
 
     def _process_gone(self, process: Process) -> None:
         """It is dead: its memory returns to the machine, then its slabs to the pool."""
@@ -459,6 +512,14 @@ class Agent:
         if process.memory is not None:
             raise wire.BadField("ARENA_OPEN came twice: a process has one arena")
         tenant = process.tenant
+        if process.others:
+            self._deny(
+                connection,
+                process,
+                f"{tenant.name} has {1 + len(process.others)} GPUs, and memory is lent on one at a time: its "
+                "KV cache stays as it is",
+            )
+            return
         most = self.arena_limit(process)
         if not 0 < frame.slabs <= most:
             size = f"{frame.slabs * self.settings.slab_bytes >> 20}Mi"
@@ -471,18 +532,12 @@ class Agent:
             sentence = (
                 f"an arena of {size} is more than the {limit} that tenant {tenant.name} may have: {fix}"
             )
-            self._emit_for(process, "denied", level="warning", why=sentence)
-            connection.send(
-                wire.Denied(code=RejectCode.EARENA, text=sentence.encode()[: wire.TEXT_BYTES - 1])
-            )
+            self._deny(connection, process, sentence)
             return
         try:
             arena = self.moves.claim(process) if self.moves else self.memory.create(int(frame.slabs))
         except ArenaError as error:
-            self._emit_for(process, "denied", level="error", why=str(error))
-            connection.send(
-                wire.Denied(code=RejectCode.EARENA, text=str(error).encode()[: wire.TEXT_BYTES - 1])
-            )
+            self._deny(connection, process, str(error))
             return
         ledger_fd, ledger = Ledger.create(arena.slabs)
         self._add_memory(process, arena, ledger_fd, ledger, held=0)
@@ -493,6 +548,10 @@ class Agent:
             ),
             [arena.memory_fd, arena.quarantine_fd, ledger_fd],
         )  # fmt: skip
+
+    def _deny(self, connection: Connection, process: Process, sentence: str) -> None:
+        self._emit_for(process, "denied", level="warning", why=sentence)
+        connection.send(wire.Denied(code=RejectCode.EARENA, text=sentence.encode()[: wire.TEXT_BYTES - 1]))
 
     def _on_arena_restore(
         self, connection: Connection, process: Process, frame: wire.ArenaRestore, fds: list[int]
@@ -594,7 +653,7 @@ class Agent:
             self.usage.on_event(event)
             name = str(event.pop("event"))
             conn = event.pop("conn", None)
-            process = self._by_connection.get(conn) if conn is not None else None
+            process = self._by_connection.get(conn) or self._guests.get(conn) if conn is not None else None
             if process is not None:
                 event["tenant"] = process.tenant.name
             if name in ("pause", "resume"):
@@ -625,11 +684,8 @@ class Agent:
     def offline_strays(self) -> Iterable[int]:
         return self._scan.found
 
-    def role_of(self, pid: int) -> Role:
-        try:
-            return self.identity.tenant_of(pid).role
-        except IdentityError:
-            return Role.NONE
+    def role_of(self, pid: int) -> tuple[Role, bool]:
+        return self.siblings.role_of(self, pid)
 
     def ours(self) -> Iterable[int]:
         return (os.getpid(), self.gate.pid)

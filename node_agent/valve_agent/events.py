@@ -103,6 +103,17 @@ class EventLog:
                 self._stream = None
 
 
+class Labelled:
+    """The same log for one of several devices: every event carries the labels."""
+
+    def __init__(self, log: EventLog, **labels: object) -> None:
+        self._log = log
+        self._labels = labels
+
+    def emit(self, event: str, *, level: str = "info", **fields: object) -> None:
+        self._log.emit(event, level=level, **{**self._labels, **fields})
+
+
 def _record(event: str, level: str, fields: Record) -> Record:
     return {"schema": SCHEMA, "t_ns": time.monotonic_ns(), "event": event, "level": level, **fields}
 

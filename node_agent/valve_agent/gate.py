@@ -101,7 +101,10 @@ class Gate:
         events: socket.socket,
         doorbell_fd: int,
         stats: StatsWriter,
+        common_doorbell_fd: int = -1,
     ) -> None:
+        """`common_doorbell_fd`: the one that engines on several devices ring, shared by the gates of all of
+        them, so nobody reads it; -1: there is none."""
         now = _clock()
         self._compute = compute
         self._settings = settings
@@ -109,6 +112,7 @@ class Gate:
         self._hold_socket = holds
         self._events = events
         self._doorbell_fd = doorbell_fd
+        self._doorbells = {doorbell_fd, common_doorbell_fd}
         self._stats = stats
         self._policy = GatePolicy(
             settings.cooldown_factor,
@@ -135,6 +139,8 @@ class Gate:
         self._epoll = select.epoll()
         for fd in (doorbell_fd, control.fileno(), holds.fileno()):
             self._epoll.register(fd, select.EPOLLIN)
+        if common_doorbell_fd >= 0:  # by its edges: a gate that read it would take the ring from the others
+            self._epoll.register(common_doorbell_fd, select.EPOLLIN | select.EPOLLET)
         self._targets = Targets(compute, self._epoll)
 
     # -- the loop --------------------------------------------------------------------------
@@ -152,12 +158,11 @@ class Gate:
         """Wait for something and handle it: a ring first."""
         ready = self._epoll.poll(self._timeout_s(), 16)
         now = self._wake_ns = _clock()
-        fds = [fd for fd, _ in ready]
-        if self._doorbell_fd in fds:
+        fds = {fd for fd, _ in ready}
+        if fds & self._doorbells:
             self._drain_doorbell()
             self._look()
-            fds.remove(self._doorbell_fd)
-        for fd in fds:
+        for fd in fds - self._doorbells:
             if fd == self._control.fileno():
                 self._on_control()
             elif fd == self._hold_socket.fileno():

@@ -91,8 +91,11 @@ class GateHandle:
         self._registered: dict[int, int] = {}  # connection -> pid of an offline process
 
     @classmethod
-    def start(cls, device: str, settings: GateSettings | None = None) -> GateHandle:
-        """Start the gate of `device`. Offline counts as paused until recovery_grace is over."""
+    def start(
+        cls, device: str, settings: GateSettings | None = None, common_doorbell_fd: int = -1
+    ) -> GateHandle:
+        """Start the gate of `device`. Offline counts as paused until recovery_grace is over.
+        `common_doorbell_fd`: see gate.Gate; stays the caller's."""
         chosen = settings or GateSettings()
         pairs = [socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in range(3)]
         ours, theirs = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
@@ -101,12 +104,13 @@ class GateHandle:
         doorbell_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         stats_fd = gate_stats.create()
         package_root = str(Path(__file__).resolve().parent.parent)
-        passed = (*(end.fileno() for end in theirs), doorbell_fd, stats_fd)
+        passed = [*(end.fileno() for end in theirs), doorbell_fd, stats_fd]
+        inherited = [fd for fd in (*passed, common_doorbell_fd) if fd >= 0]
         command = [sys.executable, "-S", "-E", "-s", "-P", "-c", _BOOT, package_root, device]
         process = subprocess.Popen(
-            [*command, *(str(value) for value in (*passed, *chosen))],
+            [*command, *(str(value) for value in (*passed, common_doorbell_fd, *chosen))],
             stdin=subprocess.DEVNULL,
-            pass_fds=passed,
+            pass_fds=inherited,
         )
         for end in theirs:
             end.close()

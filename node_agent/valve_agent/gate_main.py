@@ -34,10 +34,11 @@ def _compute(device: str) -> ComputeControl[Any]:
 
 
 def main(arguments: list[str]) -> None:
-    """Entry of the gate process: device, five descriptors, the settings; see gate_link.GateHandle."""
+    """Entry of the gate process: device, six descriptors (the last may be -1), the settings; see
+    gate_link.GateHandle."""
     device, *rest = arguments
-    control_fd, holds_fd, events_fd, doorbell_fd, stats_fd = (int(word) for word in rest[:5])
-    numbers = [float(rest[5]), *(int(word) for word in rest[6:])]
+    control_fd, holds_fd, events_fd, doorbell_fd, stats_fd, common_fd = (int(word) for word in rest[:6])
+    numbers = [float(rest[6]), *(int(word) for word in rest[7:])]
     settings = GateSettings._make(numbers)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # sent to the whole group: main ends, and then we do
@@ -56,6 +57,7 @@ def main(arguments: list[str]) -> None:
         events,
         doorbell_fd,
         StatsWriter(stats_fd),
+        common_fd,
     )
     gc.collect()
     gc.disable()

@@ -33,8 +33,8 @@ class Parties(Protocol):
         """Processes of offline tenants without libvalve."""
         ...
 
-    def role_of(self, pid: int) -> Role:
-        """By the tenant it descends from; NONE without one."""
+    def role_of(self, pid: int) -> tuple[Role, bool]:
+        """(by the tenant it descends from, NONE without one; whether this GPU is that tenant's)."""
         ...
 
     def ours(self) -> Iterable[int]: ...
@@ -44,7 +44,7 @@ class Parties(Protocol):
 class Finding:
     pid: int
     event: str
-    """uncontrolled, unknown-process"""
+    """uncontrolled, wrong-gpu, unknown-process"""
     kill: bool
     """Else the agent only says so."""
     why: str
@@ -83,9 +83,17 @@ class GpuWatch:
 
     def _judge(self, pid: int, used: int, parties: Parties, stray: bool) -> Finding | None:
         process = parties.process(pid)
-        role = process.tenant.role if process is not None else parties.role_of(pid)
-        if role == Role.ONLINE:
+        role, at_home = (process.tenant.role, True) if process is not None else parties.role_of(pid)
+        if role == Role.ONLINE and at_home:
             return None
+        if role == Role.OFFLINE and not at_home:
+            return Finding(
+                pid,
+                "wrong-gpu",
+                True,
+                f"it uses {used >> 20} MiB of a GPU that its tenant was not given, where nobody pauses it: "
+                "let it see its own GPU only (CUDA_VISIBLE_DEVICES)",
+            )
         if role == Role.OFFLINE or stray:
             if process is not None and process.gpu_files:
                 return None
@@ -100,8 +108,8 @@ class GpuWatch:
             pid,
             "unknown-process",
             False,
-            f"process {pid} uses {used >> 20} MiB of the GPU and belongs to no tenant: start it with `valve "
-            "run`, or keep it off this GPU"
+            f"process {pid} uses {used >> 20} MiB of the GPU and belongs to no tenant of it: start it with "
+            "`valve run`, or keep it off this GPU"
             + (
                 ". Until then offline gets no compute (spec.guardrails.unknownProcesses)"
                 if self._refuse

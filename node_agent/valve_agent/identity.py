@@ -88,6 +88,10 @@ class Identity(Protocol[T_co]):
         """Raises IdentityError (EIDENTITY) for a process of no tenant."""
         ...
 
+    def serves(self, pid: int) -> bool:
+        """Whether `tenant_of` knows a tenant of this device for it."""
+        ...
+
     def main_of(self, peer: Peer, hello: Hello) -> tuple[int, int]:
         """(pid, pidfd owned by the caller) of the engine process that this peer speaks for. Raises
         IdentityError if it may not speak for it."""
@@ -114,6 +118,13 @@ class LocalIdentity(Identity[T_co]):
             RejectCode.EIDENTITY,
             f"process {pid} belongs to no tenant: start it with `valve run --workload online|offline -- CMD`",
         )
+
+    def serves(self, pid: int) -> bool:
+        try:
+            self.tenant_of(pid)
+        except IdentityError:
+            return False
+        return True
 
     def main_of(self, peer: Peer, hello: Hello) -> tuple[int, int]:
         if not hello.flags & HelloFlag.HELPER:

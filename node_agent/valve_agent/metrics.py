@@ -66,8 +66,8 @@ class Collector:
         if status is None:
             return
         yield from _agent(status)
-        yield from _device(status)
-        yield from _tenants(status)
+        yield from _merged(_device(gpu) for gpu in status["gpus"])
+        yield from _merged(_tenants(gpu) for gpu in status["gpus"])
         if status.get("cluster"):
             yield from _cluster(status["cluster"])
 
@@ -91,14 +91,30 @@ class MetricsServer:
 
 def _agent(status: Mapping[str, Any]) -> Iterable[Metric]:
     info = GaugeMetricFamily("valve_agent_info", "1; which policy holds here", labels=["device", "policy"])
-    info.add_metric([status["device"], status["policy"]], 1)
+    for gpu in status["gpus"]:
+        info.add_metric([gpu["id"], gpu["policy"]], 1)
     yield info
-    yield _gauge("valve_agent_uptime_seconds", "Since the agent's start", status["uptime_s"])
+    uptime_s = max(gpu["uptime_s"] for gpu in status["gpus"])
+    yield _gauge("valve_agent_uptime_seconds", "Since the agent's start", uptime_s)
+    yield _gauge(
+        "valve_agent_unusable_gpus", "GPUs of this node that cannot be shared", len(status["unusable"])
+    )
     yield CounterMetricFamily("valve_rejects", "Peers that were refused", value=status["rejects"])
 
 
+def _merged(of_each: Iterable[Iterable[Metric]]) -> Iterable[Metric]:
+    """Metrics of several devices: one family for each name."""
+    families: dict[str, Metric] = {}
+    for metrics in of_each:
+        for metric in metrics:
+            families.setdefault(metric.name, metric)
+            if families[metric.name] is not metric:
+                families[metric.name].samples += metric.samples
+    return families.values()
+
+
 def _device(status: Mapping[str, Any]) -> Iterable[Metric]:
-    device = [status["device"]]
+    device = [status["id"]]
     for name, text, (part, key) in _DEVICE_COUNTERS:
         yield _counter(name, text, DEVICE, device, status[part][key])
     killed = status["killed"] + status["gate"]["kills"]
@@ -133,7 +149,7 @@ def _tenants(status: Mapping[str, Any]) -> Iterable[Metric]:
     def labels(name: str) -> list[str]:
         known = tenants[name]["labels"]
         place = [known.get(part, "") for part in ("namespace", "pod", "container")]
-        return [status["device"], name, tenants[name]["role"], *place]
+        return [status["id"], name, tenants[name]["role"], *place]
 
     for metric, key, text in _TENANT_COUNTERS:
         counter = CounterMetricFamily(metric, text, labels=TENANT)

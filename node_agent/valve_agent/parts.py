@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from valve_agent.devices.base import DeviceInfo, DeviceMissing
+from valve_agent.devices.cpu.inventory import CpuInventory
 from valve_agent.devices.cpu.memory import check_fits_machine
 from valve_agent.wire import Device
 from valve_api.settings import EffectiveSettings
@@ -28,6 +30,9 @@ class Parts:
     gate_device: str
     """What gate_main understands."""
     settings: EffectiveSettings
+    info: DeviceInfo
+    gpu_bytes: int | None = None
+    """What the settings were asked for."""
     route: Mapping[str, Any] = field(default_factory=dict)
     """How compute is controlled and why, for status and log; empty where there is only one way."""
     watch: Callable[[Emit], None] = lambda emit: None
@@ -35,9 +40,6 @@ class Parts:
     processes: Callable[[], Mapping[int, int]] | None = None
     """pid -> bytes, of every process that computes on the device; None where nobody knows. May raise
     DeviceError."""
-    number: int = 0
-    uuid: str = ""
-    """Of the GPU, as NVML knows it."""
     close: Callable[[], None] = lambda: None
 
 
@@ -45,22 +47,38 @@ def cpu_parts(settings_of: SettingsOf) -> Parts:
     """Raises PolicyError, DeviceError."""
     settings = settings_of(None)
     check_fits_machine(settings.device_bytes)
-    return Parts(Device.CPU, "cpu", settings)
+    (machine,) = CpuInventory().devices()
+    return Parts(Device.CPU, "cpu", settings, machine)
 
 
-def nvidia_parts(settings_of: SettingsOf, number: int = 0, commit: str = "none") -> Parts:
+def nvidia_numbers(wanted: str) -> list[int]:
+    """The GPUs to share, as NVML counts them: `all`, or numbers with commas. Raises DeviceMissing."""
+    from valve_agent.devices.nvidia.inventory import NvidiaInventory
+
+    with NvidiaInventory() as inventory:
+        count = inventory.count()
+    if wanted == "all":
+        return list(range(count))
+    words = [word.strip() for word in wanted.split(",")]
+    wrong = [word for word in words if not word.isdecimal() or int(word) >= count]
+    if wrong:
+        raise DeviceMissing(
+            f"--gpus {wanted}: there is no GPU {wrong[0]!r}; this machine has {count}. Say `all`, or numbers "
+            "as nvidia-smi shows them, such as 0,2"
+        )
+    return sorted({int(word) for word in words})
+
+
+def nvidia_parts(settings_of: SettingsOf, number: int, commit: str = "none") -> Parts:
     """GPU `number`; `commit`: see plan.Commit. Raises PolicyError, DeviceError: no driver, no such GPU, or no
     route that the policy allows."""
-    from valve_agent.devices.base import DeviceMissing
     from valve_agent.devices.nvidia import probe
     from valve_agent.devices.nvidia.inventory import NvidiaInventory
 
     inventory = NvidiaInventory()
     try:
-        devices = inventory.devices()
-        if number >= len(devices):
-            raise DeviceMissing(f"there is no GPU {number}; this machine has {len(devices)}")
-        settings = settings_of(devices[number].memory_bytes)
+        info = inventory.device(number)
+        settings = settings_of(info.memory_bytes)
         choice = probe.choose(settings.route, commit)
         inventory.watch(number)
     except BaseException:
@@ -76,6 +94,13 @@ def nvidia_parts(settings_of: SettingsOf, number: int = 0, commit: str = "none")
 
     route = {"wanted": settings.route, **choice.document()}
     return Parts(
-        Device.NVIDIA, choice.gate_device(), settings, route, watch, processes, number, devices[number].uuid,
+        Device.NVIDIA,
+        choice.gate_device(),
+        settings,
+        info,
+        info.memory_bytes,
+        route,
+        watch,
+        processes,
         inventory.close,
-    )  # fmt: skip
+    )

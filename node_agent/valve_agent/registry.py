@@ -87,6 +87,8 @@ class Process:
     """numbers of the driver files whose channels the gate controls"""
     route: dict[str, Any] | None = None
     """How its GPU channels are controlled and why so, once it has some."""
+    others: tuple[Any, ...] = ()
+    """Agents of the other devices that an online process computes on."""
     lost_ns: int = 0
     """When the connection was lost."""
 

@@ -14,10 +14,11 @@ import json
 import os
 import socket
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from valve_agent.agent import COUNTERS, Agent
+from valve_agent.devices.base import DeviceInfo
 from valve_agent.gate_stats import BUCKETS_US, GateStats
 from valve_agent.wire import Role
 
@@ -26,8 +27,25 @@ PEERCRED = struct.Struct("3i")
 """pid, uid, gid of who connected; pid 0: in a pid namespace that we do not see"""
 
 
-def snapshot(agent: Agent, stats: GateStats, *, huge_pages: bool, now_ns: int) -> dict[str, Any]:
-    """JSON-ready. Sizes in bytes, times in seconds or microseconds as named."""
+def document(
+    gpus: Sequence[dict[str, Any]],
+    rejects: int,
+    unusable: Mapping[str, str],
+    cluster: dict[str, Any] | None,
+) -> dict[str, Any]:
+    """What the status socket answers. `gpus`: a snapshot of every device; the fields of an only one also
+    stand at the top. `unusable`: devices that this machine has and the agent cannot share, and why."""
+    only = gpus[0] if len(gpus) == 1 else {}
+    return {
+        "schema": SCHEMA, "pid": os.getpid(), **only, "gpus": list(gpus), "rejects": rejects,
+        "unusable": dict(unusable), "cluster": cluster,
+    }  # fmt: skip
+
+
+def snapshot(
+    agent: Agent, info: DeviceInfo, stats: GateStats, *, huge_pages: bool, now_ns: int
+) -> dict[str, Any]:
+    """Of one device, JSON-ready. Sizes in bytes, times in seconds or microseconds as named."""
     pool, registry = agent.pool, agent.registry
     tenants: dict[str, dict[str, Any]] = {}
     for tenant in registry.tenants.values():
@@ -66,9 +84,16 @@ def snapshot(agent: Agent, stats: GateStats, *, huge_pages: bool, now_ns: int) -
             entry["want_slabs"] += holder.want
         entry["processes"].append(state)
     latency = sorted(stats.latency_ns)
+    offline_held = sum(entry["held_slabs"] for entry in tenants.values() if entry["role"] == "offline")
+    floor = agent.settings.online_floor_slabs
+    lendable = lendable_slabs(pool.slabs, pool.free, pool.reservation.slabs, floor, offline_held)
     return {
-        "schema": SCHEMA,
-        "pid": os.getpid(),
+        "id": info.uuid,
+        "model": info.name,
+        "numa_node": info.numa_node,
+        "memory_bytes": pool.slabs * pool.slab_bytes,
+        "lendable_bytes": lendable * pool.slab_bytes,
+        "online_tenants": sum(entry["role"] == "online" for entry in tenants.values()),
         "policy": agent.settings.policy,
         "device": agent.device.name.lower(),
         "uptime_s": round((now_ns - agent.started_ns) / 1e9, 3),
@@ -79,7 +104,7 @@ def snapshot(agent: Agent, stats: GateStats, *, huge_pages: bool, now_ns: int) -
         "usage_s": agent.usage.totals_s(now_ns),
         "slabs": {
             "bytes_each": pool.slab_bytes, "total": pool.slabs, "free": pool.free,
-            "reservation": pool.reservation.slabs, "online_floor": agent.settings.online_floor_slabs,
+            "reservation": pool.reservation.slabs, "online_floor": floor,
         },
         "tenants": tenants,
         "reclaims": {
@@ -89,7 +114,6 @@ def snapshot(agent: Agent, stats: GateStats, *, huge_pages: bool, now_ns: int) -
             "requests_harmed": pool.totals.requests_harmed,
             "in_flight": pool.reclaiming,
         },
-        "rejects": agent.rejects,
         "killed": pool.totals.killed,
         "preempt_us": {
             "p50": _at(latency, 0.5), "p99": _at(latency, 0.99), "max": _at(latency, 1.0),
@@ -98,6 +122,11 @@ def snapshot(agent: Agent, stats: GateStats, *, huge_pages: bool, now_ns: int) -
         "gate": stats.counters,
         "preempt_buckets_us": dict(zip([*map(str, BUCKETS_US), "inf"], stats.buckets, strict=True)),
     }  # fmt: skip
+
+
+def lendable_slabs(total: int, free: int, reservation: int, floor: int, offline_held: int) -> int:
+    """What offline tenants may have together, what they hold included; below 0 in a shortfall."""
+    return min(total - floor, free - reservation + offline_held)
 
 
 def _at(ordered_ns: list[int], share: float) -> float | None:

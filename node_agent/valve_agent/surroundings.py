@@ -9,7 +9,7 @@ Threading model: main calls everything; `on_second` in the server thread. Caller
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -25,17 +25,19 @@ if TYPE_CHECKING:
 class Surroundings(Protocol):
     def settings(self, gpu_bytes: int | None = None) -> EffectiveSettings:
         """What to start with on a GPU of so many bytes (None: on the policy's own cpu device); may wait.
-        Raises PolicyError, OSError."""
+        Called once for every device. Raises PolicyError, OSError."""
         ...
 
-    def identity(self, registry: Registry, own_uid: int) -> Identity[Tenant]: ...
+    def identity(self, registry: Registry, own_uid: int, device: str) -> Identity[Tenant]:
+        """Who the tenants of that device are; `device`: its UUID, empty where the machine has one."""
+        ...
 
     def may_ask(self, pid: int) -> bool:
         """Whether a process that reached the status socket may read it."""
         ...
 
-    def start(self, agent: Agent) -> None:
-        """The agent is whole and about to run."""
+    def start(self, agents: Sequence[Agent], gpu_bytes: Sequence[int | None]) -> None:
+        """The agents of all devices are whole and about to run; `gpu_bytes`: as `settings` was asked for."""
         ...
 
     @property
@@ -65,14 +67,14 @@ class OneMachine:
     def settings(self, gpu_bytes: int | None = None) -> EffectiveSettings:
         return settings_for(load_policy(self._policy), gpu_bytes)
 
-    def identity(self, registry: Registry, own_uid: int) -> Identity[Tenant]:
+    def identity(self, registry: Registry, own_uid: int, device: str) -> Identity[Tenant]:
         return LocalIdentity(registry.launchers, own_uid)
 
     def may_ask(self, pid: int) -> bool:
         """The socket's mode says it all."""
         return True
 
-    def start(self, agent: Agent) -> None:
+    def start(self, agents: Sequence[Agent], gpu_bytes: Sequence[int | None]) -> None:
         """Nothing has to be started."""
 
     def facts(self) -> None:

@@ -183,7 +183,7 @@ static uint32_t group_make(struct context *ctx, uint32_t engine, unsigned first,
 
 static uint32_t context_build(struct context *ctx)
 {
-    uint32_t params[14] = {(uint32_t)ctx->gpu}, none = 0, status;
+    uint32_t params[14] = {cuda.physical[ctx->gpu]}, none = 0, status;
     uint8_t vaspace[64] = {0};
     struct uvm_register_gpu gpu = {.ctl_fd = cuda.ctl_fd, .client = cuda.client};
     struct uvm_register_vaspace space = {.ctl_fd = cuda.ctl_fd, .client = cuda.client};
@@ -206,7 +206,7 @@ static uint32_t context_build(struct context *ctx)
 
 static CUresult context_new(int gpu, struct context **out)
 {
-    static uint32_t next_device = 0x5c000001; /* some handles are the client's choice */
+    static uint32_t next_device = 0xde000001; /* some handles are the client's choice: none that RM would give */
     struct context *ctx = calloc(1, sizeof *ctx);
     if (!ctx)
         return CUDA_ERROR_OUT_OF_MEMORY;

@@ -85,7 +85,8 @@ extern struct cuda {
     int ctl_fd, uvm_fd, gpu_fd[FAKENV_MAX_GPUS];
     uint32_t client;
     const struct branch *branch;
-    struct fakenv_query info[FAKENV_MAX_GPUS];
+    struct fakenv_query info[FAKENV_MAX_GPUS]; /* by ordinal */
+    unsigned physical[FAKENV_MAX_GPUS];        /* ordinal -> the machine's number: CUDA_VISIBLE_DEVICES */
     unsigned gpus;
     struct fakenv_shared *shared; /* NULL until the first context */
     struct context *primary[FAKENV_MAX_GPUS];

@@ -43,10 +43,50 @@ int rm_ioctl(int fd, unsigned long command, void *params)
 uint32_t rm_query(int gpu, struct fakenv_query *query)
 {
     memset(query, 0, sizeof *query);
-    query->gpu = (unsigned)gpu;
+    query->gpu = cuda.physical[gpu];
     if (rm_ioctl(cuda.ctl_fd, _IOWR('F', FAKENV_ESC_QUERY, struct fakenv_query), query) < 0)
         return NV_ERR_INVALID_STATE;
     return query->status;
+}
+
+/* The machine's number of a GPU that CUDA_VISIBLE_DEVICES names by number or by the beginning of its UUID. */
+static int named(const char *word, unsigned gpus)
+{
+    char *end;
+    unsigned long number = strtoul(word, &end, 10);
+    if (end != word && !*end)
+        return number < gpus ? (int)number : -1;
+    for (unsigned i = 0; i < gpus; i++) {
+        char name[64] = "GPU-";
+        const uint8_t *u = cuda.info[i].uuid;
+        for (unsigned b = 0, n = 4; b < 16; b++) {
+            n += (unsigned)snprintf(name + n, sizeof name - n, "%02x", u[b]);
+            if (b == 3 || b == 5 || b == 7 || b == 9)
+                name[n++] = '-';
+        }
+        if (strlen(word) > 4 && !strncmp(word, name, strlen(word)))
+            return (int)i;
+    }
+    return -1;
+}
+
+/* What CUDA_VISIBLE_DEVICES leaves, in its order, up to the first word that names nothing. */
+static void choose_visible(void)
+{
+    const char *names = getenv("CUDA_VISIBLE_DEVICES");
+    unsigned gpus = cuda.gpus, chosen[FAKENV_MAX_GPUS];
+    char copy[1024], *rest = copy, *word;
+    if (!names)
+        return;
+    snprintf(copy, sizeof copy, "%s", names);
+    cuda.gpus = 0;
+    while (cuda.gpus < gpus && (word = strsep(&rest, ","))) {
+        int gpu = named(word, gpus);
+        if (gpu < 0)
+            break;
+        chosen[cuda.gpus++] = (unsigned)gpu;
+    }
+    memcpy(cuda.physical, chosen, cuda.gpus * sizeof *chosen);
 }
 
 uint32_t rm_connect(void)
@@ -62,9 +102,14 @@ uint32_t rm_connect(void)
     cuda.branch = branch_named(cuda.info[0].branch);
     cuda.gpus = cuda.info[0].gpus;
     for (unsigned i = 0; i < cuda.gpus; i++) {
+        cuda.physical[i] = i;
+        rm_query((int)i, &cuda.info[i]);
+    }
+    choose_visible();
+    for (unsigned i = 0; i < cuda.gpus; i++) {
         char path[32];
         rm_query((int)i, &cuda.info[i]);
-        snprintf(path, sizeof path, "/dev/nvidia%u", i);
+        snprintf(path, sizeof path, "/dev/nvidia%u", cuda.physical[i]);
         cuda.gpu_fd[i] = open(path, O_RDWR | O_CLOEXEC);
         if (cuda.gpu_fd[i] < 0 ||
             rm_ioctl(cuda.gpu_fd[i], _IOWR('F', NV_ESC_REGISTER_FD, int), &cuda.ctl_fd) < 0)

@@ -23,7 +23,7 @@ static uint32_t bare_device[FAKENV_MAX_GPUS]; /* memory needs no context */
 
 static uint32_t device_of(int gpu, uint32_t *device)
 {
-    uint32_t params[14] = {(uint32_t)gpu};
+    uint32_t params[14] = {cuda.physical[gpu]};
     uint32_t status = bare_device[gpu] ? NV_OK
                                        : rm_alloc(cuda.client, NV01_DEVICE_0, params, sizeof params, &bare_device[gpu]);
     *device = bare_device[gpu];
@@ -315,11 +315,16 @@ static CUresult import_locked(CUhandle *handle, int fd)
         return CUDA_ERROR_INVALID_VALUE;
     struct fakenv_size size = {.client = cuda.client, .object = p.object.object};
     rm_ioctl(cuda.ctl_fd, _IOWR('F', FAKENV_ESC_SIZE, struct fakenv_size), &size);
+    int ordinal = 0;
+    while ((unsigned)ordinal < cuda.gpus && cuda.physical[ordinal] != size.gpu)
+        ordinal++;
+    if ((unsigned)ordinal == cuda.gpus)
+        return CUDA_ERROR_INVALID_DEVICE;
     CUhandle h = calloc(1, sizeof *h);
     if (!h)
         abort();
     *h = (struct handle){.memory = p.object.object, .bytes = size.bytes, .refs = 1,
-                         .prop = {.type = PINNED, .handle_types = POSIX_FD, .location = {DEVICE_LOCATION, (int)size.gpu}}};
+                         .prop = {.type = PINNED, .handle_types = POSIX_FD, .location = {DEVICE_LOCATION, ordinal}}};
     *handle = h;
     return CUDA_SUCCESS;
 }

@@ -81,11 +81,11 @@ def local_screens(path: Path) -> Callable[[], Screen]:
     def look() -> Screen:
         nonlocal before, read_at
         status, now = read_status(path), time.monotonic()
-        if before and (before["pid"], before["policy"]) != (status["pid"], status["policy"]):
+        if before and before["pid"] != status["pid"]:
             before = {}  # another agent: its counters began anew
-        view = from_status(status, platform.node(), before or None, now - read_at)
+        views = from_status(status, platform.node(), before or None, now - read_at)
         before, read_at = status, now
-        return Screen((view,))
+        return Screen(views, tuple(f"{gpu}: {why}" for gpu, why in status["unusable"].items()))
 
     return look
 

@@ -73,8 +73,15 @@ class Screen:
 
 def from_status(
     status: Mapping[str, Any], node: str, before: Mapping[str, Any] | None = None, elapsed_s: float = 0.0
+) -> tuple[DeviceView, ...]:
+    """One machine's devices. `before`: its status `elapsed_s` earlier, for rates."""
+    earlier = {gpu["id"]: gpu for gpu in before["gpus"]} if before is not None else {}
+    return tuple(_of_snapshot(gpu, node, earlier.get(gpu["id"]), elapsed_s) for gpu in status["gpus"])
+
+
+def _of_snapshot(
+    status: Mapping[str, Any], node: str, before: Mapping[str, Any] | None, elapsed_s: float
 ) -> DeviceView:
-    """One machine's device. `before`: its status `elapsed_s` earlier, for rates."""
     slabs, preempt = status["slabs"], status["preempt_us"]
     each, paused = slabs["bytes_each"], bool(status["offline_paused"])
     tenants = []
@@ -88,7 +95,7 @@ def from_status(
         tenants.append(TenantView(name, tenant["role"], len(tenant["processes"]), held, limit, busy, rate))
     return DeviceView(
         node=node,
-        device=status["device"],
+        device=status["id"],
         policy=status["policy"],
         memory_bytes=slabs["total"] * each,
         free_bytes=max(0, slabs["free"]) * each,

@@ -68,6 +68,8 @@ class DeviceInfo(NamedTuple):
     name: str
     memory_bytes: int
     """What Valve may hand out; on `cpu` a setting, bounded by the machine's memory."""
+    numa_node: int | None = None
+    """None: not known, or the machine has one."""
 
 
 class Target(Protocol):

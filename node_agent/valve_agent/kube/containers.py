@@ -28,6 +28,7 @@ from valve_agent.identity import parent_of
 from valve_agent.kube import cgroup
 from valve_agent.kube.allocation import Allocation, allocations_of
 from valve_agent.kube.cgroup import PodCgroup
+from valve_agent.kube.ledger import Ledger, LedgerError
 from valve_api.container import ContainerName
 from valve_kubelet.podresources import Listing, NoListError
 
@@ -53,8 +54,10 @@ class View:
     """Of every running container that the kubelet has a log for."""
     roots: Mapping[PodCgroup, frozenset[int]] = field(default_factory=dict)
     """Of offline containers: processes whose parent is outside, old enough to be the container's own."""
+    gpus: Mapping[ContainerName, tuple[str, ...]] = field(default_factory=dict)
+    """UUIDs of each container's GPUs, where the node has several."""
     error: str = ""
-    """Why the kubelet gave no answer; what it said before is in force."""
+    """Why the kubelet or the ledger gave no answer; what it said before is in force."""
     looks: int = 0
 
 
@@ -92,6 +95,8 @@ class Containers:
     ) -> None:
         """`changed` is called, in the thread, after a look that found something new."""
         self.view = View()
+        self.ledger: Ledger | None = None
+        """Asked where the node has several GPUs."""
         self._lister = lister
         self._logs = logs
         self._cgroups = cgroups
@@ -123,6 +128,12 @@ class Containers:
             error = ""
         except NoListError as failure:
             allocations, error = before.allocations, str(failure)
+        gpus = before.gpus
+        if self.ledger is not None:
+            try:
+                gpus = self.ledger.read()
+            except LedgerError as failure:
+                error = error or str(failure)
         links = names_in(self._logs)
         names: dict[PodCgroup, ContainerName] = {}
         roots: dict[PodCgroup, frozenset[int]] = {}
@@ -133,9 +144,9 @@ class Containers:
             names[place] = name
             if name in offline and place in members:
                 roots[place] = frozenset(_roots(members[place]))
-        view = View(allocations, names, roots, error, before.looks + 1)
+        view = View(allocations, names, roots, gpus, error, before.looks + 1)
         self.view = view
-        if (view.allocations, view.names, view.roots) != (before.allocations, before.names, before.roots):
+        if replace(view, looks=0, error="") != replace(before, looks=0, error=""):
             self._changed()
 
     def _loop(self) -> None:

@@ -44,13 +44,16 @@ class PodIdentity(LocalIdentity[Tenant]):
         limit_slabs: Callable[[Role, int], int],
         *,
         own_uid: int,
+        device: str = "",
         proc: Path = Path("/proc"),
     ) -> None:
-        """`limit_slabs(role, bytes)`: most slabs under the settings in force."""
+        """`limit_slabs(role, bytes)`: most slabs under the settings in force. `device`: only containers on
+        the GPU of that UUID; empty: the node has one, and all are on it."""
         super().__init__(registry.launchers, own_uid)
         self._registry = registry
         self._containers = containers
         self._limit_slabs = limit_slabs
+        self._device = device
         self._proc = proc
         self._tenants: dict[Key, Tenant] = {}
 
@@ -85,6 +88,16 @@ class PodIdentity(LocalIdentity[Tenant]):
                 f"kubelet{why}: annotate the pod with {ANNOTATION_WORKLOAD}: online or offline when you "
                 "create it",
             )
+        if not self._is_here(name):
+            self._containers.hurry()
+            gpus = view.gpus.get(name)
+            raise IdentityError(
+                RejectCode.EIDENTITY,
+                f"container {name} is on {', '.join(gpus)}, not on {self._device}"
+                if gpus
+                else f"container {name} is on a GPU that the agent does not know yet"
+                + (f": {view.error}" if view.error else ""),
+            )
         return self._tenant(Key(place.uid, name), allocation)
 
     def is_outsider(self, pid: int) -> bool:
@@ -107,7 +120,7 @@ class PodIdentity(LocalIdentity[Tenant]):
         seen: set[Key] = set()
         for place, name in view.names.items():
             allocation = view.allocations.get(name)
-            if allocation is None or allocation.role is None:
+            if allocation is None or allocation.role is None or not self._is_here(name):
                 continue
             key = Key(place.uid, name)
             seen.add(key)
@@ -118,8 +131,13 @@ class PodIdentity(LocalIdentity[Tenant]):
 
     def offline_roots(self) -> Iterable[int]:
         """Processes of offline containers from which the scan starts (Registry.offline_roots)."""
-        for roots in self._containers.view.roots.values():
-            yield from roots
+        view = self._containers.view
+        for place, roots in view.roots.items():
+            if self._is_here(view.names[place]):
+                yield from roots
+
+    def _is_here(self, name: ContainerName) -> bool:
+        return not self._device or self._device in self._containers.view.gpus.get(name, ())
 
     def place_of(self, tenant: Tenant) -> Key | None:
         return next((key for key, known in self._tenants.items() if known is tenant), None)

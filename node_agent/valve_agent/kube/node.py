@@ -16,7 +16,7 @@ import copy
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -31,6 +31,7 @@ from valve_agent.kube.allocation import RESOURCES
 from valve_agent.kube.api import Api
 from valve_agent.kube.containers import Containers
 from valve_agent.kube.identity import PodIdentity
+from valve_agent.kube.ledger import Ledger
 from valve_agent.kube.report import NODES_PATH, ConditionValue, Reporter, conditions_of, gpu_of, status_of
 from valve_agent.kube.watch import ObjectWatch
 from valve_agent.registry import Registry, Tenant
@@ -56,7 +57,8 @@ class Wanted:
     uid: str
     """Of the object: one that is made anew begins at generation 1 again."""
     generation: int
-    settings: EffectiveSettings | None
+    settings: tuple[EffectiveSettings, ...]
+    """One for every device; none if they cannot be followed."""
     problem: str = ""
     unknown: str = ""
     """Fields that this version does not know, which are left out: the operator may be newer than we are."""
@@ -68,20 +70,20 @@ class _Specified(ApiModel):
     spec: NodeSpec = setting(REQUIRED, what="Effective settings.")
 
 
-def wanted_of(node: Mapping[str, Any], gpu_bytes: int | None = None) -> Wanted:
-    """What a ColocationNode asks for on a GPU of so many bytes (None: on the spec's own cpu device)."""
+def wanted_of(node: Mapping[str, Any], sizes: Sequence[int | None] = (None,)) -> Wanted:
+    """What a ColocationNode asks for on GPUs of so many bytes (None: on the spec's own cpu device)."""
     uid, generation = version_of(node)
     source = f"ColocationNode {node['metadata'].get('name')}"
     document = {"spec": copy.deepcopy(node.get("spec") or {})}
     unknown = _without_unknown(document)
     try:
         spec = _Specified.model_validate(document).spec
-        settings = settings_from(spec, spec.policy.name, gpu_bytes, source)
+        settings = tuple(settings_from(spec, spec.policy.name, size, source) for size in sizes)
         return Wanted(uid, generation, settings, unknown=unknown)
     except ValidationError as error:
-        return Wanted(uid, generation, None, str(PolicyError(source, problems_of(error, _Specified))))
+        return Wanted(uid, generation, (), str(PolicyError(source, problems_of(error, _Specified))))
     except PolicyError as error:
-        return Wanted(uid, generation, None, str(error))
+        return Wanted(uid, generation, (), str(error))
 
 
 def _without_unknown(document: dict[str, Any]) -> str:
@@ -118,13 +120,17 @@ class KubernetesNode:
         pod_resources: Path,
         *,
         logs: Path,
+        allocations: Path = Path("/var/lib/valve/device-plugin"),
         cgroups: Path = Path("/sys/fs/cgroup"),
         stderr: TextIO = sys.stderr,
     ) -> None:
         self._node = node
         self._api = api
         self._stderr = stderr
-        self._gpu_bytes: int | None = None
+        self._sizes: list[int | None] = []
+        """Of the devices, in bytes."""
+        self._object: dict[str, Any] | None = None
+        """The newest ColocationNode."""
         self._wanted: Wanted | None = None
         self._following: Wanted | None = None
         """The last one that is in force, wholly or but for a restart."""
@@ -137,41 +143,52 @@ class KubernetesNode:
         self._pod_resources = PodResources(pod_resources, RESOURCES, KUBELET_TIMEOUT_S, patient=False)
         self._containers = Containers(self._pod_resources, logs=logs, cgroups=cgroups)
         self._reporter = Reporter(api, node)
-        self._identity: PodIdentity | None = None
-        self._agent: Agent | None = None
+        self._ledger = Ledger(allocations)
+        self._identities: list[tuple[Registry, PodIdentity]] = []
+        self._agents: Sequence[Agent] = ()
 
     # Surroundings ---------------------------------------------------------------------------------------
 
     def settings(self, gpu_bytes: int | None = None) -> EffectiveSettings:
         """Waits until the operator has written settings that hold here; says so while it does."""
-        self._gpu_bytes = gpu_bytes
-        self._watch.start()
-        self._reporter.start()
+        self._sizes.append(gpu_bytes)
+        if len(self._sizes) == 1:
+            self._watch.start()
+            self._reporter.start()
+        if self._object is not None:
+            self._wanted = wanted_of(self._object, self._sizes)
         said = 0.0
         while True:
             self._arrived.wait(0.2)
             wanted = self._wanted
-            if wanted is not None and wanted.settings is not None:
+            if wanted is not None and len(wanted.settings) == len(self._sizes):
                 self._following = wanted
-                return wanted.settings
+                return wanted.settings[-1]
             if wanted is not None:
                 self._report_refused(wanted)
             if time.monotonic() - said > SAY_WAITING_S:
                 said = time.monotonic()
                 print(f"valve agent: {self._why_waiting(wanted)}", file=self._stderr, flush=True)
 
-    def identity(self, registry: Registry, own_uid: int) -> Identity[Tenant]:
-        identity = PodIdentity(registry, self._containers, self._limit_slabs, own_uid=own_uid)
+    def identity(self, registry: Registry, own_uid: int, device: str) -> Identity[Tenant]:
+        def limit_slabs(role: Role, limit_bytes: int) -> int:
+            return self._limit_slabs(registry, role, limit_bytes)
+
+        if device:
+            self._containers.ledger = self._ledger
+        identity = PodIdentity(registry, self._containers, limit_slabs, own_uid=own_uid, device=device)
         registry.offline_roots = identity.offline_roots
-        self._identity = identity
+        self._identities.append((registry, identity))
         return identity
 
     def may_ask(self, pid: int) -> bool:
-        assert self._identity is not None
-        return self._identity.is_outsider(pid)
+        return self._identities[0][1].is_outsider(pid)
 
-    def start(self, agent: Agent) -> None:
-        self._agent = agent
+    def start(self, agents: Sequence[Agent], gpu_bytes: Sequence[int | None]) -> None:
+        self._agents = agents
+        if list(gpu_bytes) != self._sizes and self._object is not None:  # some devices could not be shared
+            self._sizes = list(gpu_bytes)
+            self._following = self._wanted = wanted_of(self._object, self._sizes)
         self._containers.start()
 
     def facts(self) -> dict[str, Any]:
@@ -186,14 +203,15 @@ class KubernetesNode:
         }
 
     def on_second(self, document: Mapping[str, Any]) -> None:
-        assert self._agent is not None
-        assert self._identity is not None
-        self._follow(self._agent)
-        self._identity.sync()
-        if self._restart and not live.holds_memory(self._agent):
-            self._agent.events.emit("restart", why=f"{self._pending} changed and nobody holds memory")
-            self._agent.server.stop()
-        self._report([gpu_of(document, self._agent.settings.recovery_grace_ns / 1e9)], document)
+        self._follow()
+        for _, identity in self._identities:
+            identity.sync()
+        if self._restart and not any(live.holds_memory(agent) for agent in self._agents):
+            first = self._agents[0]
+            first.events.emit("restart", why=f"{self._pending} changed and nobody holds memory")
+            first.server.stop()
+        grace_s = self._agents[0].settings.recovery_grace_ns / 1e9
+        self._report([gpu_of(gpu, grace_s) for gpu in document["gpus"]], document)
 
     def close(self) -> None:
         self._watch.close()
@@ -212,24 +230,28 @@ class KubernetesNode:
         if self._wanted is None:
             self._conditions = (node.get("status") or {}).get("conditions") or []
         wanted = self._wanted
+        self._object = node
         if wanted is None or (wanted.uid, wanted.generation) != version_of(node):
-            self._wanted = wanted_of(node, self._gpu_bytes)
+            self._wanted = wanted_of(node, self._sizes or [None])
         self._arrived.set()
 
-    def _follow(self, agent: Agent) -> None:
+    def _follow(self) -> None:
         wanted = self._wanted
-        if wanted is None or wanted is self._following or wanted.settings is None:
+        if wanted is None or wanted is self._following or not wanted.settings:
             return
         self._following = wanted
-        self._pending = live.needs_restart(agent.settings, wanted.settings)
+        self._pending = ""
+        for agent, settings in zip(self._agents, wanted.settings, strict=True):
+            pending = live.needs_restart(agent.settings, settings)
+            self._pending = self._pending or pending
+            live.apply(agent, agent.gate, settings)  # type: ignore[arg-type]
+            agent.events.emit(
+                "settings", policy=settings.policy, generation=wanted.generation, pending=pending
+            )
         self._restart = bool(self._pending)
-        live.apply(agent, agent.gate, wanted.settings)  # type: ignore[arg-type]
-        agent.events.emit(
-            "settings", policy=wanted.settings.policy, generation=wanted.generation, pending=self._pending
-        )
 
-    def _limit_slabs(self, role: Role, limit_bytes: int) -> int:
-        settings = self._agent.settings if self._agent else None
+    def _limit_slabs(self, registry: Registry, role: Role, limit_bytes: int) -> int:
+        settings = next((agent.settings for agent in self._agents if agent.registry is registry), None)
         if settings is None:
             return 0
         if role == Role.ONLINE:
@@ -270,10 +292,13 @@ class KubernetesNode:
         why: list[tuple[str, str]] = []
         if self._containers.view.error:
             why.append(("KubeletSilent", self._containers.view.error))
-        if not document["huge_pages"] and document["device"] == "cpu":
-            why.append(("SmallPages", "device memory has 4 KiB pages: reclaim is slow"))
-        if document["growth_stopped"]:
-            why.append(("GrowthStopped", "too many reclaims: offline gets no more memory for now"))
+        why += [("GpuUnusable", f"{gpu}: {reason}") for gpu, reason in document["unusable"].items()]
+        for gpu in document["gpus"]:
+            if not gpu["huge_pages"] and gpu["device"] == "cpu":
+                why.append(("SmallPages", "device memory has 4 KiB pages: reclaim is slow"))
+            if gpu["growth_stopped"]:
+                sentence = f"{gpu['id']}: too many reclaims, so offline gets no more memory for now"
+                why.append(("GrowthStopped", sentence))
         if not why:
             return ConditionValue("Degraded", False, "AsExpected")
         return ConditionValue("Degraded", True, why[0][0], "; ".join(sentence for _, sentence in why))
@@ -284,7 +309,12 @@ class KubernetesNode:
 
 
 def from_arguments(
-    node: str, kubeconfig: Path | None, pod_resources: Path, logs: Path, environ: Mapping[str, str]
+    node: str,
+    kubeconfig: Path | None,
+    pod_resources: Path,
+    logs: Path,
+    allocations: Path,
+    environ: Mapping[str, str],
 ) -> KubernetesNode:
     """Raises KubeError where there is no way to the cluster."""
     from valve_agent.kube import credentials
@@ -295,5 +325,6 @@ def from_arguments(
         else credentials.in_cluster(environ)
     )
     return KubernetesNode(
-        node, Api(server, agent=f"valve-agent/{version('valve')}"), pod_resources, logs=logs
-    )
+        node, Api(server, agent=f"valve-agent/{version('valve')}"), pod_resources, logs=logs,
+        allocations=allocations,
+    )  # fmt: skip

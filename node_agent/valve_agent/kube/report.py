@@ -26,7 +26,7 @@ from valve_api.quantity import format_quantity
 MIN_S = 5.0
 HEARTBEAT_S = 30.0
 NODES_PATH = f"/apis/{API_VERSION}/{PLURAL_NODE}"
-NAME_MAX = 253
+NAME_MAX, TEXT_MAX = 253, 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +68,9 @@ def stamp(now: datetime) -> str:
 
 
 def gpu_of(document: Mapping[str, Any], recovery_s: float) -> dict[str, Any]:
-    """One status snapshot as a GpuStatus. `recovery_s`: the policy's recoveryGrace."""
+    """One device's status snapshot as a GpuStatus. `recovery_s`: the policy's recoveryGrace."""
     slabs, preempt = document["slabs"], document["preempt_us"]
+    route = document["route"] or {}
     each = slabs["bytes_each"]
     reason = paused_reason(document, recovery_s)
     tenants = [
@@ -77,11 +78,13 @@ def gpu_of(document: Mapping[str, Any], recovery_s: float) -> dict[str, Any]:
         for name, tenant in sorted(document["tenants"].items())
     ]
     return {
-        "id": document["device"],
+        "id": document["id"],
+        "model": document["model"],
         "memory": format_quantity(slabs["total"] * each),
         "free": format_quantity(max(0, slabs["free"]) * each),
         "reservation": format_quantity(slabs["reservation"] * each),
-        "route": "agent",
+        "route": route.get("route", "agent"),  # the cpu device has one way: the agent stops processes
+        "routeReason": route.get("why", "")[:TEXT_MAX],
         "paused": document["offline_paused"],
         "pausedReason": reason,
         "tenants": tenants[:TENANTS_MAX],

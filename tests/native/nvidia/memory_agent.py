@@ -40,9 +40,9 @@ from valve_agent.devices.nvidia.uvm import Mapper  # noqa: E402
 from valve_agent.events import EventLog  # noqa: E402
 from valve_agent.gpu_limits import GpuLimits  # noqa: E402
 from valve_agent.identity import LocalIdentity  # noqa: E402
-from valve_agent.main import make_pool  # noqa: E402
 from valve_agent.registry import Registry  # noqa: E402
 from valve_agent.server import Server  # noqa: E402
+from valve_agent.share import make_pool  # noqa: E402
 from valve_agent.shared import Page  # noqa: E402
 from valve_agent.slab_moves import SlabMoves  # noqa: E402
 from valve_agent.wire import Device, MemoryRoute, Role  # noqa: E402

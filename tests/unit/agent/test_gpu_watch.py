@@ -30,8 +30,12 @@ class Cast:
     def offline_strays(self) -> Iterable[int]:
         return [self.pids[name] for name in ("stray",) if name in self.pids]
 
-    def role_of(self, pid: int) -> Role:
-        return Role.ONLINE if self.pids.get("online_child") == pid else Role.NONE
+    def role_of(self, pid: int) -> tuple[Role, bool]:
+        roles = {
+            "online_child": (Role.ONLINE, True), "online_elsewhere": (Role.ONLINE, False),
+            "offline_elsewhere": (Role.OFFLINE, False),
+        }  # fmt: skip
+        return next((role for name, role in roles.items() if self.pids.get(name) == pid), (Role.NONE, False))
 
     def ours(self) -> Iterable[int]:
         return [self.pids.get("gate", -1)]
@@ -47,6 +51,14 @@ class Cast:
         ("a child of an offline tenant without libvalve", "stray", False, False, ("uncontrolled", True)),
         ("a stranger", "stranger", False, False, ("unknown-process", False)),
         ("a stranger where the policy refuses", "stranger", True, False, ("unknown-process", False)),
+        ("online of another GPU", "online_elsewhere", True, False, ("unknown-process", False)),
+        (
+            "offline of another GPU, whom this one's gate does not pause",
+            "offline_elsewhere",
+            False,
+            False,
+            ("wrong-gpu", True),
+        ),
         ("our own gate", "gate", True, False, None),
     ],
 )

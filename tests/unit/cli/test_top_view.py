@@ -28,13 +28,14 @@ def tenant(role: str, held: int, tokens: int = 0, busy: bool | None = None) -> d
     }  # fmt: skip
 
 
-def status(paused: bool, tenants: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "policy": "inference", "device": "cpu", "offline_paused": paused,
+def status(paused: bool, tenants: dict[str, Any], more: tuple[dict[str, Any], ...] = ()) -> dict[str, Any]:
+    gpu = {
+        "id": "cpu", "policy": "inference", "device": "cpu", "offline_paused": paused,
         "slabs": {"bytes_each": 32 * MIB, "total": 64, "free": 20, "reservation": 8},
         "preempt_us": {"p50": 120.0, "p99": 480.5, "samples": 7}, "gate": {"pauses": 9},
         "reclaims": {"total": 3}, "tenants": tenants,
     }  # fmt: skip
+    return {"pid": 1, "gpus": [gpu, *more], "unusable": {}}
 
 
 NODE: dict[str, Any] = {
@@ -69,7 +70,7 @@ def text_of(screen: Screen, width: int = 110) -> str:
 def test_a_machine() -> None:
     now = status(True, {"chat": tenant("online", 24, 900, busy=True), "batch": tenant("offline", 20, 5000)})
     earlier = status(False, {"batch": tenant("offline", 20, 4000)})
-    view = from_status(now, "host", earlier, 2.0)
+    (view,) = from_status(now, "host", earlier, 2.0)
     chat, batch = view.tenants
     assert (chat.name, chat.state, chat.tokens_per_s) == ("chat", "busy", None), "it was not there before"
     assert (batch.name, batch.state, batch.tokens_per_s) == ("batch", "paused", 500.0)
@@ -93,7 +94,8 @@ def test_a_cluster() -> None:
     ],
 )
 def test_states(why: str, tenants: dict[str, Any], states: list[str]) -> None:
-    assert [t.state for t in from_status(status(False, tenants), "host").tenants] == states
+    (view,) = from_status(status(False, tenants), "host")
+    assert [t.state for t in view.tenants] == states
 
 
 @pytest.mark.parametrize(

@@ -63,38 +63,9 @@ def test_report(description: str, report: Report, units: int, lendable: int) -> 
     assert (report.units, report.lendable) == (units, lendable), description
 
 
-def status(free: int, reservation: int, floor: int, **held: int) -> dict[str, Any]:
-    """A device of 16 slabs of 512 MiB; held: tenant -> slabs, online if its name begins so."""
-    tenants = {
-        name: {"role": "online" if name.startswith("online") else "offline", "held_slabs": slabs}
-        for name, slabs in held.items()
-    }
-    slabs = {"bytes_each": GIB // 2, "total": 16, "free": free, "reservation": reservation}
-    return {"device": "cpu", "slabs": {**slabs, "online_floor": floor}, "tenants": tenants}
-
-
-@pytest.mark.parametrize(
-    ("description", "document", "lendable", "online"),
-    [
-        ("all but the reservation", status(16, 2, 0), 7, 0),
-        ("the floor, where it is more", status(16, 2, 6), 5, 0),
-        ("less what online holds", status(10, 2, 0, online=6), 4, 1),
-        ("what offline holds is lent already", status(6, 2, 0, online=6, offline=4), 4, 1),
-        ("the floor counts online's share", status(10, 2, 8, online=6), 4, 1),
-        ("a shortfall is not below nothing", status(0, 4, 0, online=16), 0, 1),
-    ],
-)
-def test_a_status_of_one_device(
-    description: str, document: dict[str, Any], lendable: int, online: int
-) -> None:
-    (report,) = reports_of(document)
-    assert (report.id, report.units) == ("cpu", 8)
-    assert (report.lendable, report.online_tenants) == (lendable, online), description
-
-
-def test_a_status_of_several() -> None:
+def test_the_gpus_of_a_status() -> None:
     gpu = {"id": "GPU-1", "memory_bytes": 80 * GIB, "lendable_bytes": GIB, "online_tenants": 2, "new": 1}
-    reports = reports_of({**status(16, 0, 0), "gpus": [gpu, {**gpu, "id": "GPU-2", "numa_node": 1}]})
+    reports = reports_of({"gpus": [gpu, {**gpu, "id": "GPU-2", "numa_node": 1}]})
     assert reports == [
         Report("GPU-1", 80 * GIB, GIB, 2, None),
         Report("GPU-2", 80 * GIB, GIB, 2, 1),

@@ -42,7 +42,7 @@ def kubernetes(tmp_path: Path) -> KubernetesNode:
 )
 def test_what_is_wanted(description: str, spec: dict[str, Any], problem: str) -> None:
     wanted = wanted_of(node(**spec))
-    assert (wanted.settings is None) == bool(problem)
+    assert (not wanted.settings) == bool(problem)
     assert problem in wanted.problem
     if problem:
         assert "ColocationNode n1" in wanted.problem
@@ -52,7 +52,7 @@ def test_fields_of_a_newer_operator_are_left_out_and_named() -> None:
     """During an upgrade the operator is newer than the agents of most nodes."""
     given = node(turbo=True, memory={"slabSize": "2Mi", "shape": {"deep": 1}})
     wanted = wanted_of(given)
-    assert wanted.settings is not None
+    assert wanted.settings
     assert (wanted.problem, wanted.unknown) == ("", "spec.memory.shape, spec.turbo")
     assert given["spec"]["turbo"] is True, "what the watch gave is not changed"
 
@@ -62,8 +62,8 @@ def test_an_object_that_was_made_anew_is_looked_at_again(kubernetes: KubernetesN
     kubernetes._seen(node("first"))
     kubernetes._seen(node("second", memory={"slabSize": "4Mi"}))
     assert kubernetes._wanted is not None
-    assert kubernetes._wanted.settings is not None
-    assert kubernetes._wanted.settings.slab_bytes == 4 << 20
+    (settings,) = kubernetes._wanted.settings
+    assert settings.slab_bytes == 4 << 20
     assert version_of(node("a", 3)) == ("a", 3)
 
 

@@ -24,10 +24,12 @@ def document(**changes: Any) -> dict[str, Any]:
         "batch/new": {"role": "offline", "held_slabs": 0, "limit_slabs": 6, "processes": []},
     }
     return {
-        "device": "cpu", "uptime_s": 100.0, "offline_paused": True, "tenants": tenants,
+        "id": "GPU-1", "model": "NVIDIA Fake GPU", "device": "nvidia", "uptime_s": 100.0,
+        "offline_paused": True, "tenants": tenants,
         "slabs": {"bytes_each": 32 << 20, "total": 8, "free": 2, "reservation": 1},
         "preempt_us": {"p50": 120.4, "p99": 810.6, "max": 999.0, "samples": 9}, "gate": {"samples": 9},
-        "reclaims": {"total": 3, "bytes_in_use": 64 << 20, "in_flight": False}, **changes,
+        "reclaims": {"total": 3, "bytes_in_use": 64 << 20, "in_flight": False},
+        "route": {"route": "launch-gate", "why": "w" * 2000}, **changes,
     }  # fmt: skip
 
 
@@ -41,6 +43,12 @@ def test_what_is_reported_is_what_the_crd_takes() -> None:
     states = {tenant.name: (tenant.processes, tenant.busy) for tenant in one.tenants}
     assert states == {"serve/chat": (1, True), "batch/job": (1, False), "batch/new": (0, False)}
     assert str(one.free) == "64Mi"
+    assert (one.id, one.model, one.route, len(one.route_reason)) == (
+        "GPU-1",
+        "NVIDIA Fake GPU",
+        "launch-gate",
+        1024,
+    )
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from valve_agent.kube import containers as containers_module
 from valve_agent.kube.allocation import Allocation
 from valve_agent.kube.containers import Containers
 from valve_agent.kube.identity import PodIdentity
+from valve_agent.kube.ledger import LedgerError
 from valve_agent.registry import Process, Registry, Scan, Tenant
 from valve_agent.wire import RejectCode, Role
 from valve_api.container import ContainerName
@@ -256,3 +257,51 @@ def test_an_unknown_process_makes_the_next_look_come_at_once(tmp_path: Path) -> 
         assert tenant.name == "batch/job-1"
     finally:
         slow.close()
+
+
+class Book:
+    """A ledger that says what the test says."""
+
+    def __init__(self, gpus: dict[ContainerName, tuple[str, ...]]) -> None:
+        self.gpus = gpus
+        self.error = ""
+
+    def read(self) -> dict[ContainerName, tuple[str, ...]]:
+        if self.error:
+            raise LedgerError(self.error)
+        return self.gpus
+
+
+def test_on_a_node_of_several_gpus_a_container_is_a_tenant_where_the_ledger_says(tmp_path: Path) -> None:
+    setup = Setup(tmp_path)
+    book = Book({SERVE: ("GPU-a", "GPU-b")})
+    setup.containers.ledger = book  # type: ignore[assignment]
+    registries = [Registry(), Registry()]
+    first, second = (
+        PodIdentity(
+            registry, setup.containers, lambda _role, _limit: 8, own_uid=os.getuid(), device=device,
+            proc=setup.node.proc,
+        )
+        for registry, device in zip(registries, ("GPU-a", "GPU-b"), strict=True)
+    )  # fmt: skip
+    setup.node.link("serve", "vllm-0", "engine", UID2, ID2)
+    setup.node.run(UID2, ID2, 5000)
+    setup.start_job()
+    assert (first.serves(4242), second.serves(4242)) == (False, False), "the ledger does not know the job yet"
+    with pytest.raises(IdentityError, match="on a GPU that the agent does not know yet"):
+        first.tenant_of(4242)
+    book.gpus = {**book.gpus, JOB: ("GPU-b",)}
+    setup.containers.look()
+    assert (first.serves(4242), second.serves(4242)) == (False, True)
+    with pytest.raises(IdentityError, match="is on GPU-b, not on GPU-a"):
+        first.tenant_of(4242)
+    assert (first.serves(5000), second.serves(5000)) == (True, True), "an online pod with two seats"
+    for identity in (first, second):
+        identity.sync()
+    names = [{tenant.name for tenant in registry.tenants.values()} for registry in registries]
+    assert names == [{"serve/vllm-0"}, {"serve/vllm-0", "batch/job-1"}]
+    assert (list(first.offline_roots()), list(second.offline_roots())) == ([], [4242])
+    book.error = "no socket"
+    setup.containers.look()
+    assert second.serves(4242), "what the ledger said before is in force"
+    assert setup.containers.view.error == "no socket"

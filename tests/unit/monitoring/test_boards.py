@@ -25,14 +25,17 @@ TENANT: dict[str, Any] = {
     "processes": [{"pid": 1, "busy": True}], "requests": 1, "tokens": 2, "recomputed": 0, "lost_blocks": 0,
     "recomputed_tokens": 0,
 }  # fmt: skip
-STATUS: dict[str, Any] = {
-    "device": "cpu", "policy": "p", "uptime_s": 1.0, "rejects": 0, "killed": 0, "offline_paused": True,
+GPU: dict[str, Any] = {
+    "id": "cpu", "device": "cpu", "policy": "p", "uptime_s": 1.0, "killed": 0, "offline_paused": True,
     "growth_stopped": False, "gate": dict.fromkeys(COUNTERS, 0),
     "reclaims": {"total": 0, "bytes": 0, "bytes_in_use": 0, "requests_harmed": 0, "in_flight": False},
     "usage_s": {"online_busy": 0.0, "offline_paused": 0.0},
     "preempt_buckets_us": dict.fromkeys([*map(str, BUCKETS_US), "inf"], 0),
     "slabs": {"bytes_each": 2, "total": 8, "free": 4, "reservation": 1, "online_floor": 0},
     "tenants": {"on": TENANT, "off": {**TENANT, "role": "offline"}},
+}  # fmt: skip
+STATUS: dict[str, Any] = {
+    "gpus": [GPU], "rejects": 0, "unusable": {},
     "cluster": {"api_error": "", "kubelet_error": "", "ready": True, "generation": 1, "status_writes": 1},
 }  # fmt: skip
 

@@ -24,7 +24,7 @@ class CpuInventory:
         if memory is None:
             raise DeviceMissing("/proc/meminfo does not say how much memory there is: mount /proc")
         name = self._field("cpuinfo", "model name") or "processor"
-        return [DeviceInfo(0, "cpu-0", "cpu", name, int(memory.split()[0]) * 1024)]
+        return [DeviceInfo(0, "cpu", "cpu", name, int(memory.split()[0]) * 1024)]
 
     def _field(self, file: str, name: str) -> str | None:
         """The first value of `name` in a "name: value" file."""

@@ -77,6 +77,7 @@ class CudaDriver:
 
     def __init__(self) -> None:
         """Raises DeviceMissing, CudaError."""
+        self._context = _PTR()
         try:
             self._library: Any = ctypes.CDLL(LIBRARY)
         except OSError as error:
@@ -129,10 +130,8 @@ class CudaDriver:
         return fd.value
 
     def retain_context(self, ordinal: int) -> None:
-        """Make the device's primary context and use it in this thread."""
-        context = _PTR()
-        self._call("cuDevicePrimaryCtxRetain", ctypes.byref(context), ordinal)
-        self._call("cuCtxSetCurrent", context)
+        """Make the device's primary context, in which `zero` and `synchronize` work from now on."""
+        self._call("cuDevicePrimaryCtxRetain", ctypes.byref(self._context), ordinal)
 
     def release_context(self, ordinal: int) -> None:
         self._call("cuDevicePrimaryCtxRelease_v2", ordinal)
@@ -156,9 +155,11 @@ class CudaDriver:
 
     def zero(self, base: int, size_bytes: int) -> None:
         """Start to fill with zeros; `synchronize` waits for it."""
+        self._call("cuCtxSetCurrent", self._context)  # the thread serves other GPUs too
         self._call("cuMemsetD8Async", base, 0, size_bytes, None)
 
     def synchronize(self) -> None:
+        self._call("cuCtxSetCurrent", self._context)
         self._call("cuCtxSynchronize")
 
     def _call(self, function: str, *arguments: object) -> None:

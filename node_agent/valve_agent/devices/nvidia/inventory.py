@@ -11,6 +11,7 @@ server thread, once a second), `valve doctor`. Never the gate.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
 
@@ -79,24 +80,34 @@ class NvidiaInventory:
 
     def devices(self) -> Sequence[DeviceInfo]:
         """Raises DeviceMissing, also for a driver without a GPU."""
+        return [self.device(number) for number in range(self.count())]
+
+    def count(self) -> int:
+        """At least 1. Raises DeviceMissing."""
         try:
-            count = pynvml.nvmlDeviceGetCount()
-            found = [self._device(number) for number in range(count)]
+            count = int(pynvml.nvmlDeviceGetCount())
         except pynvml.NVMLError as error:
             raise DeviceMissing(f"NVML cannot list the GPUs: {error}; see `dmesg` for an Xid") from error
-        if not found:
+        if not count:
             raise DeviceMissing("the NVIDIA driver is loaded but sees no GPU: is one passed to this machine?")
-        return found
+        return count
 
-    def _device(self, number: int) -> DeviceInfo:
-        handle = pynvml.nvmlDeviceGetHandleByIndex(number)
-        return DeviceInfo(
-            number,
-            _text(pynvml.nvmlDeviceGetUUID(handle)),
-            "nvidia",
-            _text(pynvml.nvmlDeviceGetName(handle)),
-            int(pynvml.nvmlDeviceGetMemoryInfo(handle).total),
-        )
+    def device(self, number: int) -> DeviceInfo:
+        """Raises DeviceMissing."""
+        try:
+            handle = pynvml.nvmlDeviceGetHandleByIndex(number)
+            return DeviceInfo(
+                number,
+                _text(pynvml.nvmlDeviceGetUUID(handle)),
+                "nvidia",
+                _text(pynvml.nvmlDeviceGetName(handle)),
+                int(pynvml.nvmlDeviceGetMemoryInfo(handle).total),
+                _numa_node(_text(pynvml.nvmlDeviceGetPciInfo(handle).busIdLegacy)),
+            )
+        except pynvml.NVMLError as error:
+            raise DeviceMissing(
+                f"NVML cannot reach GPU {number}: {error}; see `dmesg` for an Xid, and reset or replace it"
+            ) from error
 
     def processes(self, number: int) -> Sequence[GpuProcess]:
         """Every process with a compute context on that GPU. Raises DeviceError."""
@@ -131,6 +142,15 @@ class NvidiaInventory:
             number = int(event.eventData)
             found.append(GpuEvent(number, xid_sentence(number)))
         return found
+
+
+def _numa_node(bus_id: str, pci: Path = Path("/sys/bus/pci/devices")) -> int | None:
+    """`bus_id`: as in 0000:01:00.0; None where the kernel does not say."""
+    try:
+        number = int((pci / bus_id.lower() / "numa_node").read_text())
+    except (OSError, ValueError):
+        return None
+    return number if number >= 0 else None
 
 
 def _text(value: object) -> str:
