@@ -40,6 +40,7 @@ RESOURCE_ONLINE_GPU = f"{GROUP}/online-gpu"
 """Extended resource: online seats, one per GPU."""
 RESOURCE_OFFLINE_MEMORY = f"{GROUP}/offline-memory-gib"
 """Extended resource: offline memory in whole GiB (the kubelet's 4 MiB message limit rules out MiB)."""
+RESOURCES = (RESOURCE_ONLINE_GPU, RESOURCE_OFFLINE_MEMORY)
 OFFLINE_MEMORY_UNIT_BYTES = 1 << 30
 
 METRIC_PREFIX = "valve"

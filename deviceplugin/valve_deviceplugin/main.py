@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from types import FrameType
 
-from valve_api.names import RESOURCE_OFFLINE_MEMORY, RESOURCE_ONLINE_GPU, Workload
+from valve_api.names import RESOURCE_OFFLINE_MEMORY, RESOURCE_ONLINE_GPU, RESOURCES, Workload
 from valve_deviceplugin import cdi, install
 from valve_deviceplugin.allocator.ledger import Entry
 from valve_deviceplugin.errors import PluginError
@@ -35,7 +35,7 @@ from valve_deviceplugin.metrics import HttpServer, Metrics
 from valve_deviceplugin.plugin import ResourcePlugin
 from valve_deviceplugin.publish import AllocationsSocket
 from valve_deviceplugin.serve import Endpoint
-from valve_deviceplugin.state import RESOURCES, Node
+from valve_deviceplugin.state import Node
 from valve_deviceplugin.store import Store
 from valve_deviceplugin.timing import Timing
 from valve_deviceplugin.watchers import AgentWatcher, Reconciler
