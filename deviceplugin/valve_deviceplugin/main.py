@@ -39,6 +39,7 @@ from valve_deviceplugin.state import Node
 from valve_deviceplugin.store import Store
 from valve_deviceplugin.timing import Timing
 from valve_deviceplugin.watchers import AgentWatcher, Reconciler
+from valve_kubelet.calls import KUBELET_SOCKET
 from valve_kubelet.podresources import PodResources
 
 LIST_TIMEOUT_S = 2.0
@@ -136,7 +137,7 @@ def serve(arguments: argparse.Namespace) -> int:
     )
     metrics.watch(node)
     pods = PodResources(
-        arguments.pod_resources or arguments.kubelet_dir / "pod-resources" / "kubelet.sock", RESOURCES,
+        arguments.pod_resources or arguments.kubelet_dir / "pod-resources" / KUBELET_SOCKET, RESOURCES,
         timeout_s=LIST_TIMEOUT_S, patient=True,
     )  # fmt: skip
     with contextlib.ExitStack() as stack:

@@ -10,9 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from valve_agent.wire import Role
-from valve_api.container import ContainerName
+from valve_api.container import ContainerName, Listing
 from valve_api.names import OFFLINE_MEMORY_UNIT_BYTES, RESOURCES
-from valve_kubelet.podresources import Listing
 
 
 @dataclass(frozen=True, slots=True)
