@@ -294,10 +294,11 @@ class LiveTenant(TenantProcess):
 
 
 def valve_run(
-    socket: Path, runtime: Path, workload: str, name: str, command: list[str], options: Sequence[str] = ()
+    socket: Path, runtime: Path, workload: str, name: str, command: Sequence[str], options: Sequence[str] = ()
 ) -> list[str]:
-    """The command line that runs `command` as a tenant."""
+    """The command line that runs `command` as a tenant; name "": as `valve run` names it."""
     return [
-        sys.executable, "-m", "valve_cli.main", "run", "--workload", workload, "--name", name,
-        "--socket", str(socket), "--runtime", str(runtime), *options, "--", *command,
+        sys.executable, "-m", "valve_cli.main", "run", "--workload", workload,
+        *(["--name", name] if name else []), "--socket", str(socket), "--runtime", str(runtime), *options,
+        "--", *command,
     ]  # fmt: skip
