@@ -46,8 +46,6 @@ OFFLINE_MEMORY_UNIT_BYTES = 1 << 30
 METRIC_PREFIX = "valve"
 EVENT_SCHEMA = f"{GROUP}/events/v1"
 
-SLAB_ALIGN_BYTES = 2 << 20
-"""A slab is a multiple of this: the huge page of the cpu device and the CUDA VMM granularity."""
 ARENA_SLABS_MAX = 4096
 """Slabs in one tenant's arena: VALVE_SLABS_MAX of valve_protocol.h."""
 DEVICE_SLABS_MIN = 8

@@ -121,9 +121,6 @@ class PodIdentity(LocalIdentity[Tenant]):
         for roots in self._containers.view.roots.values():
             yield from roots
 
-    def place_of(self, tenant: Tenant) -> Key | None:
-        return next((key for key, known in self._tenants.items() if known is tenant), None)
-
     def _tenant(self, key: Key, allocation: Allocation) -> Tenant:
         role = allocation.role
         if role is None:
