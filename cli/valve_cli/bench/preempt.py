@@ -25,6 +25,7 @@ from rich.table import Table
 
 from valve_cli.bench.arguments import positive
 from valve_cli.bench.preempt_rig import Counters, Floor, Ours, Pacing, compile_c, victim_command
+from valve_cli.bench.ranks import ranks
 from valve_cli.bench.rig import RigError
 from valve_cli.run import RunError, default_runtime, find_library
 
@@ -35,10 +36,8 @@ WARMUP_CYCLES = 20
 
 
 def summary(values_ns: list[int]) -> dict[str, float]:
-    """p50, p99 and max in microseconds (nearest rank)."""
-    ordered = sorted(values_ns)
-    rank = {"p50": len(ordered) // 2, "p99": min(len(ordered) - 1, len(ordered) * 99 // 100), "max": -1}
-    return {name: ordered[index] / 1000 for name, index in rank.items()}
+    """p50, p99 and max in microseconds."""
+    return {name: value / 1000 for name, value in ranks(values_ns).items()}
 
 
 def run(cycles: int, block: int, spinners: int, sleepers: int, libvalve: Path) -> dict[str, Any]:
