@@ -4,7 +4,7 @@
 Why it exists: what is measured or tested must be what users run: `valve agent`, `valve run`, libvalve under
 LD_PRELOAD. This starts them as processes, talks to them and ends what it started.
 
-Threading model: one thread. Callers: reclaim.py, tests/integration/agent.
+Threading model: one thread. Callers: reclaim.py, the demo, tests/integration/agent and others.
 
     RigError      a process did not do what it was told in time; the message carries its output
 """
