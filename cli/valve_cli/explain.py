@@ -20,6 +20,7 @@ from valve_api.names import (
     ANNOTATION_WORKLOAD,
     RESOURCE_OFFLINE_MEMORY,
     RESOURCE_ONLINE_GPU,
+    RESOURCES,
     Workload,
 )
 from valve_api.quantity import Quantity, format_quantity
@@ -119,7 +120,7 @@ def _has_resource(pod: Mapping[str, Any]) -> bool:
     return any(
         kind in ((container.get("resources") or {}).get("limits") or {})
         for container in pod["spec"].get("containers", [])
-        for kind in (RESOURCE_ONLINE_GPU, RESOURCE_OFFLINE_MEMORY)
+        for kind in RESOURCES
     )
 
 

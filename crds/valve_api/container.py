@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 
@@ -14,3 +15,7 @@ class ContainerName:
 
     def __str__(self) -> str:
         return f"{self.namespace}/{self.pod}/{self.container}"
+
+
+Listing = Mapping[tuple[str, ContainerName], frozenset[str]]
+"""(resource, container) -> its ids: what the kubelet's pod-resources list says"""

@@ -40,13 +40,12 @@ RESOURCE_ONLINE_GPU = f"{GROUP}/online-gpu"
 """Extended resource: online seats, one per GPU."""
 RESOURCE_OFFLINE_MEMORY = f"{GROUP}/offline-memory-gib"
 """Extended resource: offline memory in whole GiB (the kubelet's 4 MiB message limit rules out MiB)."""
+RESOURCES = (RESOURCE_ONLINE_GPU, RESOURCE_OFFLINE_MEMORY)
 OFFLINE_MEMORY_UNIT_BYTES = 1 << 30
 
 METRIC_PREFIX = "valve"
 EVENT_SCHEMA = f"{GROUP}/events/v1"
 
-SLAB_ALIGN_BYTES = 2 << 20
-"""A slab is a multiple of this: the huge page of the cpu device and the CUDA VMM granularity."""
 ARENA_SLABS_MAX = 4096
 """Slabs in one tenant's arena: VALVE_SLABS_MAX of valve_protocol.h."""
 DEVICE_SLABS_MIN = 8

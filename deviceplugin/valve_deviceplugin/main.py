@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from types import FrameType
 
-from valve_api.names import RESOURCE_OFFLINE_MEMORY, RESOURCE_ONLINE_GPU, Workload
+from valve_api.names import RESOURCE_OFFLINE_MEMORY, RESOURCE_ONLINE_GPU, RESOURCES, Workload
 from valve_deviceplugin import cdi, install
 from valve_deviceplugin.allocator.ledger import Entry
 from valve_deviceplugin.errors import PluginError
@@ -35,10 +35,11 @@ from valve_deviceplugin.metrics import HttpServer, Metrics
 from valve_deviceplugin.plugin import ResourcePlugin
 from valve_deviceplugin.publish import AllocationsSocket
 from valve_deviceplugin.serve import Endpoint
-from valve_deviceplugin.state import RESOURCES, Node
+from valve_deviceplugin.state import Node
 from valve_deviceplugin.store import Store
 from valve_deviceplugin.timing import Timing
 from valve_deviceplugin.watchers import AgentWatcher, Reconciler
+from valve_kubelet.calls import KUBELET_SOCKET
 from valve_kubelet.podresources import PodResources
 
 LIST_TIMEOUT_S = 2.0
@@ -136,7 +137,7 @@ def serve(arguments: argparse.Namespace) -> int:
     )
     metrics.watch(node)
     pods = PodResources(
-        arguments.pod_resources or arguments.kubelet_dir / "pod-resources" / "kubelet.sock", RESOURCES,
+        arguments.pod_resources or arguments.kubelet_dir / "pod-resources" / KUBELET_SOCKET, RESOURCES,
         timeout_s=LIST_TIMEOUT_S, patient=True,
     )  # fmt: skip
     with contextlib.ExitStack() as stack:

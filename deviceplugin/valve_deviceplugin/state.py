@@ -17,18 +17,17 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from valve_api.names import RESOURCE_OFFLINE_MEMORY, RESOURCE_ONLINE_GPU
+from valve_api.container import Listing
+from valve_api.names import RESOURCE_OFFLINE_MEMORY, RESOURCE_ONLINE_GPU, RESOURCES
 from valve_deviceplugin.allocator import document, units
 from valve_deviceplugin.allocator.ledger import Entry, Ledger
 from valve_deviceplugin.allocator.lending import Lending, Report
 from valve_deviceplugin.allocator.placement import Gpu
-from valve_deviceplugin.allocator.reconcile import Absences, Changes, Listing, reconcile
+from valve_deviceplugin.allocator.reconcile import Absences, Changes, reconcile
 from valve_deviceplugin.errors import StoreError
 from valve_deviceplugin.log import Log
 from valve_deviceplugin.store import Store
 from valve_deviceplugin.timing import Timing
-
-RESOURCES = (RESOURCE_ONLINE_GPU, RESOURCE_OFFLINE_MEMORY)
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,9 +56,6 @@ PREFER = Method(
     dp.PreferredAllocationResponse,
 )
 ALLOCATE = Method("/v1beta1.DevicePlugin/Allocate", dp.AllocateRequest, dp.AllocateResponse)
-PRE_START = Method(
-    "/v1beta1.DevicePlugin/PreStartContainer", dp.PreStartContainerRequest, dp.PreStartContainerResponse
-)
 LIST_AND_WATCH = "/v1beta1.DevicePlugin/ListAndWatch"
 LIST_PODS = Method("/v1.PodResourcesLister/List", pr.ListPodResourcesRequest, pr.ListPodResourcesResponse)
 

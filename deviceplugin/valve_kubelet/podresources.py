@@ -17,14 +17,9 @@ from pathlib import Path
 
 import grpc
 
-from valve_api.container import ContainerName
+from valve_api.container import ContainerName, Listing
 from valve_kubelet import calls
 from valve_kubelet import podresources_pb2 as pr
-
-SOCKET = Path("/var/lib/kubelet/pod-resources") / calls.KUBELET_SOCKET
-
-Listing = dict[tuple[str, ContainerName], frozenset[str]]
-"""(resource, container) -> its ids"""
 
 
 class NoListError(Exception):

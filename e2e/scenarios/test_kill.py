@@ -17,12 +17,13 @@ import aiohttp
 import pytest
 
 from valve_api import load_policy, settings_for
+from valve_cli.bench.rig import valve_run
 from valve_cli.demo.engines import MODEL_NAME, engine_environment
 from valve_cli.demo.main import SHIPPED_TRACE
 from valve_cli.demo.phases import Pair, start_pair
 from valve_cli.demo.processes import Child
 from valve_cli.demo.settings import OfflineLoad, Settings
-from valve_cli.demo.valve_phase import VALVE, start_agent
+from valve_cli.demo.valve_phase import start_agent
 from valve_cli.status import StatusError, read_status
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -121,8 +122,7 @@ async def scenario(out: Path) -> None:
     try:
 
         def wrap(role: str) -> list[str]:
-            options = [f"--workload={role}", f"--name={role}", f"--socket={socket}"]
-            return [*VALVE, "run", *options, f"--runtime={run.runtime}", "--"]
+            return valve_run(socket, run.runtime, role, role, [])
 
         pair = await start_pair(run, engine_environment(run, env), "kill", effective.device_bytes, wrap)
         engine = pair

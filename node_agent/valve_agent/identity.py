@@ -9,7 +9,7 @@ On a machine without Kubernetes (`LocalIdentity`) a tenant is the process subtre
 registered itself. The address-space helper of a process connects in its name: it is accepted if its
 parent is that process and both have one address space.
 
-Threading model: stateless reads of /proc, each a few microseconds. Callers: agent.py.
+Threading model: stateless reads of /proc, each a few microseconds. Callers: agent.py, status.py.
 
     IdentityError   the peer is refused; `.code` is the REJECT's code, the text its sentence
 """
@@ -28,6 +28,7 @@ from typing import Protocol, TypeVar
 
 from valve_agent.wire import Hello, HelloFlag, RejectCode
 
+_PEERCRED = struct.Struct("3i")
 _SO_PEERPIDFD = 77
 _SYS_KCMP = {"x86_64": 312, "aarch64": 272}.get(platform.machine())
 _KCMP_VM = 1
@@ -50,9 +51,16 @@ class Peer:
     pidfd: int
 
 
+def credentials_of(sock: socket.socket) -> tuple[int, int]:
+    """(pid, uid) of who connected, as the kernel says; pid 0: in a pid namespace that we do not see."""
+    peer = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEERCRED.size)
+    pid, uid, _gid = _PEERCRED.unpack(peer)
+    return pid, uid
+
+
 def peer_of(sock: socket.socket) -> Peer:
     """Raises IdentityError if the peer is already gone or hidden from us."""
-    pid, uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    pid, uid = credentials_of(sock)
     if pid <= 0:
         raise IdentityError(
             RejectCode.EIDENTITY,

@@ -13,18 +13,16 @@ from __future__ import annotations
 import json
 import os
 import socket
-import struct
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from valve_agent.agent import COUNTERS, Agent
 from valve_agent.devices.base import DeviceInfo
 from valve_agent.gate_stats import BUCKETS_US, GateStats
+from valve_agent.identity import credentials_of
 from valve_agent.wire import Role
 
 SCHEMA = "valve.io/status/v1"
-PEERCRED = struct.Struct("3i")
-"""pid, uid, gid of who connected; pid 0: in a pid namespace that we do not see"""
 
 
 def document(
@@ -155,8 +153,8 @@ class StatusSocket:
         except OSError:
             return
         with client:
-            peer = client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, PEERCRED.size)
-            if not self._may_ask(PEERCRED.unpack(peer)[0]):
+            pid, _uid = credentials_of(client)
+            if not self._may_ask(pid):
                 return
             data = json.dumps(document()).encode()
             client.setblocking(False)

@@ -507,7 +507,6 @@ FRAMES: dict[int, type[Frame]] = {
     )
 }  # fmt: skip
 HEADER_BYTES = ctypes.sizeof(Header)
-FRAME_BYTES_MAX = max(ctypes.sizeof(cls) for cls in FRAMES.values())
 _RECV_BYTES = 4096
 _OPENING = (Type.HELLO, Type.TENANT)
 """Types that open a connection: they carry the sender's range of versions."""

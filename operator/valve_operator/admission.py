@@ -37,7 +37,6 @@ from valve_api.quantity import DEVICE_BYTES_MAX, Quantity, format_quantity
 Json = dict[str, Any]
 
 ANNOTATIONS: Final = (ANNOTATION_WORKLOAD, ANNOTATION_GPU_MEMORY, ANNOTATION_CONTAINER)
-RESOURCES: Final = (RESOURCE_ONLINE_GPU, RESOURCE_OFFLINE_MEMORY)
 RUNTIME_ENV: Final = "VALVE_"
 """Environment that only the device plugin may set: a pod's own would win over it."""
 VISIBLE_DEVICES: Final = ("NVIDIA_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES")

@@ -8,7 +8,6 @@ wait has a deadline and fails the test when it passes.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import socket
 import threading
@@ -191,7 +190,3 @@ class FakeAgent:
         for link in self.links:
             link.close()
         self.links.clear()
-
-
-def is_cloexec(fd: int) -> bool:
-    return bool(fcntl.fcntl(fd, fcntl.F_GETFD) & fcntl.FD_CLOEXEC)

@@ -23,7 +23,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from valve_cli.bench.arguments import positive
 from valve_cli.bench.preempt_rig import Counters, Floor, Ours, Pacing, compile_c, victim_command
+from valve_cli.bench.ranks import ranks
 from valve_cli.bench.rig import RigError
 from valve_cli.run import RunError, default_runtime, find_library
 
@@ -34,10 +36,8 @@ WARMUP_CYCLES = 20
 
 
 def summary(values_ns: list[int]) -> dict[str, float]:
-    """p50, p99 and max in microseconds (nearest rank)."""
-    ordered = sorted(values_ns)
-    rank = {"p50": len(ordered) // 2, "p99": min(len(ordered) - 1, len(ordered) * 99 // 100), "max": -1}
-    return {name: ordered[index] / 1000 for name, index in rank.items()}
+    """p50, p99 and max in microseconds."""
+    return {name: value / 1000 for name, value in ranks(values_ns).items()}
 
 
 def run(cycles: int, block: int, spinners: int, sleepers: int, libvalve: Path) -> dict[str, Any]:
@@ -125,11 +125,9 @@ def main(args: list[str]) -> int:
         prog="valve bench preempt", description="Time from an online request to offline stopped."
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
-    parser.add_argument("--cycles", type=_positive, default=10_000, help="of each side (default 10000)")
-    parser.add_argument("--block", type=_positive, default=250, help="cycles per turn (default 250)")
-    parser.add_argument(
-        "--spinning", type=_positive, default=SPINNERS, help="computing threads of the victim"
-    )
+    parser.add_argument("--cycles", type=positive, default=10_000, help="of each side (default 10000)")
+    parser.add_argument("--block", type=positive, default=250, help="cycles per turn (default 250)")
+    parser.add_argument("--spinning", type=positive, default=SPINNERS, help="computing threads of the victim")
     parser.add_argument("--sleeping", type=int, default=SLEEPERS, help="idle threads of the victim")
     parser.add_argument(
         "--runtime", type=Path, default=default_runtime(), help="a bundle made by `make runtime`"
@@ -159,13 +157,6 @@ def _include_folder() -> Path:
     if not (folder / "valve_protocol.h").exists():
         raise RigError("the bench needs a source checkout of Valve (runtime/native/include is missing)")
     return folder
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is too small; give at least 1")
-    return number
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from valve_cli.bench.ranks import ranks
 from valve_cli.bench.rig import LiveAgent, LiveTenant, RigError, wait_for
 from valve_cli.run import default_runtime
 
@@ -83,7 +84,7 @@ def run(mib: int, cycles: int, runtime: Path) -> dict[str, Any]:
         "slab_bytes": SLAB_BYTES,
         "huge_pages": huge,
         "bytes_in_use": in_use,
-        "times_us": {part: _summary(values) for part, values in samples.items()},
+        "times_us": {part: ranks(values) for part, values in samples.items()},
     }
 
 
@@ -101,16 +102,6 @@ def _cycle(
     if took["held"] != everything:
         raise RigError(f"online got {len(took['held'])} of {len(everything)} slabs")
     samples["total"].append((took["granted_ns"] - took["wanted_ns"]) / 1000)
-
-
-def _summary(values: list[float]) -> dict[str, float]:
-    """p50, p99 and max (nearest rank)."""
-    ordered = sorted(values)
-    return {
-        "p50": ordered[len(ordered) // 2],
-        "p99": ordered[min(len(ordered) - 1, len(ordered) * 99 // 100)],
-        "max": ordered[-1],
-    }
 
 
 def show(report: dict[str, Any], console: Console) -> None:

@@ -4,7 +4,7 @@
 Why it exists: what is measured or tested must be what users run: `valve agent`, `valve run`, libvalve under
 LD_PRELOAD. This starts them as processes, talks to them and ends what it started.
 
-Threading model: one thread. Callers: reclaim.py, tests/integration/agent.
+Threading model: one thread. Callers: reclaim.py, the demo, tests/integration/agent and others.
 
     RigError      a process did not do what it was told in time; the message carries its output
 """
@@ -168,6 +168,7 @@ class JsonChild:
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, env=dict(environment)
             )
         self._buffer = b""
+        self._told = ""
 
     def __enter__(self) -> Self:
         return self
@@ -183,6 +184,7 @@ class JsonChild:
 
     def tell(self, do: str, **fields: Any) -> None:
         assert self._process.stdin is not None
+        self._told = f" after {do!r}"
         self._process.stdin.write(json.dumps({"do": do, **fields}).encode() + b"\n")
         self._process.stdin.flush()
 
@@ -196,7 +198,7 @@ class JsonChild:
                 return None
             data = os.read(fd, 1 << 20)
             if not data:
-                raise RigError(f"{self.name} ended{self._said()}")
+                raise RigError(f"{self.name} ended{self._told}{self._said()}")
             self._buffer += data
         line, _, self._buffer = self._buffer.partition(b"\n")
         answer: dict[str, Any] = json.loads(line)
@@ -207,7 +209,7 @@ class JsonChild:
         wait_s = self.answer_s if timeout_s is None else timeout_s
         found = self.answered(wait_s)
         if found is None:
-            raise RigError(f"{self.name} did not answer within {wait_s} s{self._said()}")
+            raise RigError(f"{self.name} did not answer within {wait_s} s{self._told}{self._said()}")
         return found
 
     def ask(self, do: str, timeout_s: float | None = None, **fields: Any) -> dict[str, Any]:
@@ -292,10 +294,11 @@ class LiveTenant(TenantProcess):
 
 
 def valve_run(
-    socket: Path, runtime: Path, workload: str, name: str, command: list[str], options: Sequence[str] = ()
+    socket: Path, runtime: Path, workload: str, name: str, command: Sequence[str], options: Sequence[str] = ()
 ) -> list[str]:
-    """The command line that runs `command` as a tenant."""
+    """The command line that runs `command` as a tenant; name "": as `valve run` names it."""
     return [
-        sys.executable, "-m", "valve_cli.main", "run", "--workload", workload, "--name", name,
-        "--socket", str(socket), "--runtime", str(runtime), *options, "--", *command,
+        sys.executable, "-m", "valve_cli.main", "run", "--workload", workload,
+        *(["--name", name] if name else []), "--socket", str(socket), "--runtime", str(runtime), *options,
+        "--", *command,
     ]  # fmt: skip

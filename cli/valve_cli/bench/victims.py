@@ -23,6 +23,7 @@ from rich.table import Table
 
 from valve_agent.policy.baselines import fifo, lru, shuffled
 from valve_agent.policy.victims import Choice, SlabView, account, choose
+from valve_cli.bench.arguments import positive
 from valve_cli.bench.paged_pool import Layout, PagedEngine
 
 LAYOUTS = (
@@ -163,10 +164,10 @@ def main(args: list[str]) -> int:
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     parser.add_argument("--seed", type=int, default=1, help="of the simulated pools (default 1)")
-    parser.add_argument("--snapshots", type=_positive, default=5, help="pools per layout (default 5)")
+    parser.add_argument("--snapshots", type=positive, default=5, help="pools per layout (default 5)")
     parser.add_argument(
         "--need",
-        type=_positive,
+        type=positive,
         nargs="+",
         default=list(NEEDS),
         help="slabs per reclaim (default 16 64 128 256)",
@@ -179,13 +180,6 @@ def main(args: list[str]) -> int:
     else:
         show(report, Console())
     return 0
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is too small; give at least 1")
-    return number
 
 
 if __name__ == "__main__":

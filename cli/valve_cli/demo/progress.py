@@ -36,7 +36,6 @@ class Progress:
     slabs: dict[str, int] = field(default_factory=dict)
     slabs_total: int = 0
     reserved: int = 0
-    finished_steps: list[tuple[str, str]] = field(default_factory=list)
     notes: deque[str] = field(default_factory=deque)
 
     def begin(

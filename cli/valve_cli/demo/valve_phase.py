@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from valve_cli.bench.rig import valve_run
 from valve_cli.demo.errors import MeasurementError, ProcessError
 from valve_cli.demo.events import Timeline, parse
 from valve_cli.demo.measure import ValveRecord
@@ -109,8 +110,7 @@ async def _under_agent(
     agent: Child,
 ) -> ValveRecord:
     def wrap(role: str) -> Sequence[str]:
-        options = [f"--workload={role}", f"--name={role}", f"--socket={socket}"]
-        return [*VALVE, "run", *options, f"--runtime={settings.runtime}", "--"]
+        return valve_run(socket, settings.runtime, role, role, [])
 
     watch = Watch(events, progress, settings.device_bytes // settings.slab_bytes)
     fault = {"VALVE_FAULT": settings.fault} if settings.fault else {}

@@ -13,16 +13,13 @@ Threading model: pure; time is an argument. `Absences` belongs to its caller. Ca
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from valve_api.container import ContainerName
+from valve_api.container import ContainerName, Listing
 from valve_deviceplugin.allocator.ledger import Entry, Ledger
 from valve_deviceplugin.allocator.placement import Gpu
 from valve_deviceplugin.allocator.units import named_gpus
-
-Listing = Mapping[tuple[str, ContainerName], frozenset[str]]
-"""(resource, container) -> its ids"""
 
 
 @dataclass

@@ -99,10 +99,6 @@ class Watch:
         """When the observer last saw `clock` change (CLOCK_MONOTONIC)."""
         return self._words[128]
 
-    @property
-    def looked_ns(self) -> int:
-        return self._words[130]
-
     def stands(self, for_s: float = 0.02) -> bool:
         """Whether the kernel makes no progress for a while from now."""
         before = self.clock

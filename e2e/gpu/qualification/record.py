@@ -11,9 +11,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 SCHEMA = "valve.io/qualification/v1"
-VERDICTS = ("pass", "fail", "finding", "skipped", "error")
-"""`finding`: a question without a right answer, answered. `skipped`: something is missing, the answer says
-what. `error`: the part itself broke, or did not end in time."""
 
 
 @dataclass
@@ -21,6 +18,8 @@ class Found:
     """What one part found. `answer` is one sentence for people; `figures` has units in its names."""
 
     verdict: str
+    """`pass`, `fail`. `finding`: a question without a right answer, answered. `skipped`: something is
+    missing, the answer says what. `error`: the part itself broke, or did not end in time."""
     answer: str
     figures: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)

@@ -74,6 +74,12 @@ class Shop:
         """The tokens of every round that the batch has finished."""
         return [line["tokens"] for line in self.lines() if "round" in line]
 
+    def output(self) -> list[list[int]]:
+        """The tokens of a round: every one that the batch has finished has the same."""
+        first, *others = self.rounds()
+        assert all(tokens == first for tokens in others)
+        return first
+
     def more_rounds(self, count: int = 1, timeout_s: float = 120) -> None:
         """Wait until the batch has finished so many more."""
         wanted = len(self.rounds()) + count

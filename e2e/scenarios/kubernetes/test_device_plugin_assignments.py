@@ -55,9 +55,7 @@ def test_container_restart(rig: PluginRig, namespace: str) -> None:
     held, said = rig.devices(namespace, "one"), rig.said(namespace, "one")
     rig.restart_container(namespace, "one")
     assert (rig.devices(namespace, "one"), rig.said(namespace, "one")) == (held, said)
-    rig.start(namespace, "two")
-    rig.until_phase(namespace, "two", "Running")
-    assert not set(rig.devices(namespace, "two")["main"]) & set(held["main"])
+    start_beside(rig, namespace, held["main"])
 
 
 def test_kubelet_restart(rig: PluginRig, namespace: str) -> None:
@@ -70,9 +68,7 @@ def test_kubelet_restart(rig: PluginRig, namespace: str) -> None:
     rig.until_phase(namespace, "one", "Running")
     assert rig.restarts(namespace, "one") == 0
     rig.until_devices(namespace, "one", held)
-    rig.start(namespace, "two")
-    rig.until_phase(namespace, "two", "Running")
-    assert not set(rig.devices(namespace, "two")["main"]) & set(held["main"])
+    start_beside(rig, namespace, held["main"])
 
 
 def test_container_and_kubelet_restart(rig: PluginRig, namespace: str) -> None:
@@ -116,9 +112,7 @@ def test_plugin_restart(rig: PluginRig, namespace: str) -> None:
     rig.until_offline(TOTAL, TOTAL)
     rig.restart_container(namespace, "one")
     assert (rig.devices(namespace, "one"), rig.said(namespace, "one")) == (held, said)
-    rig.start(namespace, "two")
-    rig.until_phase(namespace, "two", "Running")
-    assert not set(rig.devices(namespace, "two")["main"]) & set(held["main"])
+    start_beside(rig, namespace, held["main"])
     assert {(namespace, "one", "main"), (namespace, "two", "main")} <= rig.owners()
 
 
@@ -221,6 +215,13 @@ def test_storm(rig: PluginRig, namespace: str) -> None:
     waiting = next(name for name, phase in seen.items() if phase == "Pending")
     (scheduled,) = rig.kubectl.get("pod", waiting, "-n", namespace)["status"]["conditions"]
     assert f"Insufficient {OFFLINE}" in scheduled["message"]
+
+
+def start_beside(rig: PluginRig, namespace: str, held: list[str]) -> None:
+    """Start pod `two`: it gets ids, and none of those that are held."""
+    rig.start(namespace, "two")
+    rig.until_phase(namespace, "two", "Running")
+    assert not set(rig.devices(namespace, "two")["main"]) & set(held)
 
 
 SHORT_INIT = BRIEFLY.replace("sleep 1", "true")

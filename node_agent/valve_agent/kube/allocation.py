@@ -10,11 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from valve_agent.wire import Role
-from valve_api.container import ContainerName
-from valve_api.names import OFFLINE_MEMORY_UNIT_BYTES, RESOURCE_OFFLINE_MEMORY, RESOURCE_ONLINE_GPU
-from valve_kubelet.podresources import Listing
-
-RESOURCES = (RESOURCE_ONLINE_GPU, RESOURCE_OFFLINE_MEMORY)
+from valve_api.container import ContainerName, Listing
+from valve_api.names import OFFLINE_MEMORY_UNIT_BYTES, RESOURCES
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,7 +35,6 @@ WATCH_S = 60
 WATCH_SILENCE_S = WATCH_S + 15.0
 """A watch that says nothing for so long, not even its end, is dead."""
 BODY_BYTES_MAX = 64 << 20
-_CLOSED_WHILE_IDLE = (http.client.RemoteDisconnected, BrokenPipeError, ConnectionResetError, ssl.SSLError)
 
 
 class KubeError(Exception):

@@ -29,8 +29,8 @@ from valve_agent.kube import cgroup
 from valve_agent.kube.allocation import Allocation, allocations_of
 from valve_agent.kube.cgroup import PodCgroup
 from valve_agent.kube.ledger import Ledger, LedgerError
-from valve_api.container import ContainerName
-from valve_kubelet.podresources import Listing, NoListError
+from valve_api.container import ContainerName, Listing
+from valve_kubelet.podresources import NoListError
 
 LOOK_S = 1.0
 HURRY_S = 0.05

@@ -30,7 +30,6 @@ SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 TOKEN_REREAD_S = 60.0
 """The kubelet renews a mounted token long before it ends."""
 EXEC_TIMEOUT_S = 60.0
-_NOT_INTERACTIVE = {"interactive": False}
 
 
 class CredentialsError(KubeError):

@@ -139,9 +139,6 @@ class PodIdentity(LocalIdentity[Tenant]):
     def _is_here(self, name: ContainerName) -> bool:
         return not self._device or self._device in self._containers.view.gpus.get(name, ())
 
-    def place_of(self, tenant: Tenant) -> Key | None:
-        return next((key for key, known in self._tenants.items() if known is tenant), None)
-
     def _tenant(self, key: Key, allocation: Allocation) -> Tenant:
         role = allocation.role
         if role is None:

@@ -27,7 +27,6 @@ from pydantic import ValidationError
 
 from valve_agent import live
 from valve_agent.identity import Identity
-from valve_agent.kube.allocation import RESOURCES
 from valve_agent.kube.api import Api
 from valve_agent.kube.containers import Containers
 from valve_agent.kube.identity import PodIdentity
@@ -39,6 +38,7 @@ from valve_agent.wire import Role
 from valve_api.errors import PolicyError
 from valve_api.load import problems_of
 from valve_api.model import REQUIRED, ApiModel, setting
+from valve_api.names import RESOURCES
 from valve_api.node import NodeSpec
 from valve_api.settings import EffectiveSettings, settings_from
 from valve_kubelet.podresources import PodResources

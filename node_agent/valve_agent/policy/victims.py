@@ -35,7 +35,9 @@ Request = tuple[int, int]
 
 _BIT_OF_DIGIT = bytes.maketrans(b"01", b"\0\1")
 _FEW = 16
-"""Owners of one slab up to which looking them up one by one is quicker than going through all slots."""
+"""Owners of one slab up to which looking them up one by one is quicker than going through all slots. Pools of
+`valve bench victims` are too small to show it; with 3 owners a slab in 1,024 slots a choice takes 5.6 ms, and
+9.5 ms without (768 slabs, device: cpu)."""
 _MANY = 64
 """A need of at least one slab in so many is large enough for the backward greedy."""
 

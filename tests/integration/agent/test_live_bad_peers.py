@@ -17,7 +17,7 @@ import pytest
 from live import SLABS, hold
 
 from valve_agent import wire
-from valve_cli.bench.rig import LiveAgent, LiveTenant, wait_for
+from valve_cli.bench.rig import LiveAgent, LiveTenant, valve_run, wait_for
 
 CONNECTIONS = 100_000
 """Each is refused at its first bad frame."""
@@ -119,12 +119,11 @@ def test_a_tenant_process_that_claims_another_role_hears_a_sentence(
     agent: LiveAgent, start: Callable[..., LiveTenant], runtime: Path
 ) -> None:
     """End to end: the command under an offline `valve run` sets VALVE_WORKLOAD=online for itself."""
-    command = [
-        sys.executable, "-m", "valve_cli.main", "run", "--workload", "offline", "--name", "liar", "--socket",
-        str(agent.socket), "--runtime", str(runtime), "--", "env", "VALVE_WORKLOAD=online",
-        sys.executable, "-c",
-        "from valve_runtime import _lib; v = _lib.load(); print(v.attach(3000), v.last_error())",
-    ]  # fmt: skip
+    attach = "from valve_runtime import _lib; v = _lib.load(); print(v.attach(3000), v.last_error())"
+    command = valve_run(
+        agent.socket, runtime, "offline", "liar",
+        ["env", "VALVE_WORKLOAD=online", sys.executable, "-c", attach],
+    )  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert "says it is online" in done.stdout + done.stderr
     assert [event for event in agent.events("attach") if event["role"] == "online"] == []

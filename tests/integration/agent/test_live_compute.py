@@ -6,14 +6,13 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from live import runs
 
-from valve_cli.bench.rig import LiveAgent, LiveTenant, wait_for
+from valve_cli.bench.rig import LiveAgent, LiveTenant, valve_run, wait_for
 
 
 def test_offline_stops_while_online_is_busy(agent: LiveAgent, start: Callable[..., LiveTenant]) -> None:
@@ -52,11 +51,7 @@ def test_processes_that_never_connect_are_stopped_too(
     online = start("online", "on")
     marker = tmp_path / "pid"
     script = f"env -i sh -c 'echo $$ > {marker}; while :; do :; done'"
-    command = [
-        sys.executable, "-m", "valve_cli.main", "run", "--workload", "offline", "--socket", str(agent.socket),
-        "--runtime", str(runtime), "--", "sh", "-c", script,
-    ]  # fmt: skip
-    launcher = subprocess.Popen(command)
+    launcher = subprocess.Popen(valve_run(agent.socket, runtime, "offline", "", ["sh", "-c", script]))
     try:
         pid = int(wait_for("the child to start", lambda: marker.exists() and marker.read_text().strip()))
         wait_for("it to run", lambda: runs(pid))

@@ -17,7 +17,7 @@ import pytest
 from live import POLICY
 
 from valve_agent.identity import children_of
-from valve_cli.bench.rig import LiveAgent, wait_for
+from valve_cli.bench.rig import LiveAgent, valve_run, wait_for
 
 Launch = Callable[..., subprocess.Popen[str]]
 
@@ -35,10 +35,7 @@ def launch(runtime: Path) -> Iterator[Launch]:
             environment: dict[str, str] | None = None,
         ) -> subprocess.Popen[str]:
             process = subprocess.Popen(
-                [
-                    sys.executable, "-m", "valve_cli.main", "run", "--workload", workload,
-                    "--socket", str(path), "--runtime", str(runtime), *options, "--", *command,
-                ],
+                valve_run(path, runtime, workload, "", command, options),
                 stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
             )  # fmt: skip
             stack.enter_context(process)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fakenv import Actor, Machine
-from valve_cli.bench.rig import LiveAgent, wait_for
+from valve_cli.bench.rig import LiveAgent, valve_run, wait_for
 
 POLICY = """\
 apiVersion: valve.io/v1alpha1
@@ -108,10 +108,7 @@ class Node:
 
     def tenant(self, workload: str, name: str) -> Actor:
         """A Python process under `valve run` that does as it is told."""
-        return self.machine.actor(
-            sys.executable, "-m", "valve_cli.main", "run", "--workload", workload, "--name", name,
-            "--socket", str(self.agent.socket), "--runtime", str(self.bundle), "--",
-        )  # fmt: skip
+        return self.machine.actor(*valve_run(self.agent.socket, self.bundle, workload, name, []))
 
     def victim(self, name: str = "victim", *, launch: bool = True) -> Actor:
         """An offline process with a kernel that runs for a minute and writes the clock all along."""

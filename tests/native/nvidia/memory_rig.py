@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from fakenv import Actor, Machine
+from valve_cli.bench.rig import valve_run
 
 ROOT = Path(__file__).resolve().parents[3]
 SLAB = 2 << 20
@@ -82,10 +83,7 @@ class Tenant:
 
     def __init__(self, rig: Rig, role: str, name: str, memory: str | None) -> None:
         limit = ["--memory", memory] if memory else []
-        self.actor: Actor = rig.machine.actor(
-            sys.executable, "-m", "valve_cli.main", "run", "--workload", role, "--name", name, "--socket",
-            str(rig.socket), "--runtime", str(rig.runtime), *limit, "--",
-        )  # fmt: skip
+        self.actor: Actor = rig.machine.actor(*valve_run(rig.socket, rig.runtime, role, name, [], limit))
         self.pid = int(self.run(f"import os, sys; SLAB = {SLAB}; result = os.getpid()"))
 
     def begin(self, slabs: int = 0) -> Tenant:

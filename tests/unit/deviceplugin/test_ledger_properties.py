@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -33,7 +33,6 @@ class Container:
     gpu: str
     """as its Allocate said: its process uses this one, whatever happens later"""
     listed: bool = True
-    heard_s: float = field(default=-1.0)
 
 
 class Node(RuleBasedStateMachine):

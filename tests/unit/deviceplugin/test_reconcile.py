@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import pytest
 
-from valve_api.container import ContainerName
+from valve_api.container import ContainerName, Listing
 from valve_deviceplugin.allocator.ledger import Entry, Ledger
 from valve_deviceplugin.allocator.placement import Gpu
-from valve_deviceplugin.allocator.reconcile import Absences, Changes, Listing, reconcile
+from valve_deviceplugin.allocator.reconcile import Absences, Changes, reconcile
 
 MEMORY, SEATS = "memory", "seats"
 GPUS = [Gpu("A", "a", 8, 8, False), Gpu("B", "b", 8, 8, False)]

@@ -20,10 +20,10 @@ from valve_agent.kube.identity import PodIdentity
 from valve_agent.kube.ledger import LedgerError
 from valve_agent.registry import Process, Registry, Scan, Tenant
 from valve_agent.wire import RejectCode, Role
-from valve_api.container import ContainerName
+from valve_api.container import ContainerName, Listing
 from valve_api.names import RESOURCE_OFFLINE_MEMORY as OFFLINE
 from valve_api.names import RESOURCE_ONLINE_GPU
-from valve_kubelet.podresources import Listing, NoListError
+from valve_kubelet.podresources import NoListError
 
 GIB = 1 << 30
 UID = "8f1c2d3e-0a1b-4c2d-9e3f-112233445566"
@@ -42,7 +42,7 @@ class Kubelet:
     def listing(self) -> Listing:
         if self.error:
             raise NoListError(self.error)
-        found: Listing = {}
+        found: dict[tuple[str, ContainerName], frozenset[str]] = {}
         for name, has in self.allocations.items():
             for resource, count in ((RESOURCE_ONLINE_GPU, has.online_seats), (OFFLINE, has.offline_units)):
                 if count:

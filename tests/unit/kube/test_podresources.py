@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 from kubelet_stand_in import FakeKubelet
 
-from valve_agent.kube.allocation import RESOURCES, Allocation, allocations_of
+from valve_agent.kube.allocation import Allocation, allocations_of
 from valve_agent.wire import Role
 from valve_api.container import ContainerName
+from valve_api.names import RESOURCES
 from valve_kubelet.podresources import NoListError, PodResources
 
 GIB = 1 << 30

@@ -17,7 +17,6 @@ _NUMBERS = {
     "aarch64": {"membarrier": 283, "tgkill": 131, "sched_setattr": 274, "sched_getattr": 275},
 }
 _CMD_GLOBAL_EXPEDITED = 1 << 1
-_CMD_REGISTER_GLOBAL_EXPEDITED = 1 << 2
 _PR_SET_TIMERSLACK = 29
 _MCL_CURRENT = 1
 
@@ -63,11 +62,6 @@ def membarrier_global_expedited() -> bool:
     """Interrupt every CPU that runs a thread of a registered process, and wait for them. Only the
     targets have to be registered, not the caller. False where the kernel refuses it."""
     return bool(_syscall(_membarrier_number, _CMD_GLOBAL_EXPEDITED, 0, 0, 0) == 0)
-
-
-def membarrier_register() -> bool:
-    """Make this process one that membarrier_global_expedited interrupts (libvalve does it in C)."""
-    return bool(_syscall(_membarrier_number, _CMD_REGISTER_GLOBAL_EXPEDITED, 0, 0, 0) == 0)
 
 
 def tgkill(pid: int, tid: int, number: int) -> bool:

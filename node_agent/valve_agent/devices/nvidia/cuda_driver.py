@@ -54,9 +54,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "cuInit": (ctypes.c_uint,),
     "cuDeviceGetCount": (_PTR,),
     "cuDeviceGetUuid_v2": (_PTR, _INT),
-    "cuDeviceTotalMem_v2": (_PTR, _INT),
     "cuDevicePrimaryCtxRetain": (_PTR, _INT),
-    "cuDevicePrimaryCtxRelease_v2": (_INT,),
     "cuCtxSetCurrent": (_PTR,),
     "cuCtxSynchronize": (),
     "cuMemGetAllocationGranularity": (_PTR, _PTR, _INT),
@@ -64,7 +62,6 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "cuMemRelease": (_U64,),
     "cuMemExportToShareableHandle": (_PTR, _U64, _INT, ctypes.c_ulonglong),
     "cuMemAddressReserve": (_PTR, _SIZE, _SIZE, _U64, ctypes.c_ulonglong),
-    "cuMemAddressFree": (_U64, _SIZE),
     "cuMemMap": (_U64, _SIZE, _SIZE, _U64, ctypes.c_ulonglong),
     "cuMemUnmap": (_U64, _SIZE),
     "cuMemSetAccess": (_U64, _SIZE, _PTR, _SIZE),
@@ -103,11 +100,6 @@ class CudaDriver:
         self._call("cuDeviceGetUuid_v2", value, ordinal)
         return bytes(value)
 
-    def total_bytes(self, ordinal: int) -> int:
-        value = _SIZE()
-        self._call("cuDeviceTotalMem_v2", ctypes.byref(value), ordinal)
-        return value.value
-
     def granularity(self, ordinal: int) -> int:
         """Bytes that every allocation is a multiple of."""
         value = _SIZE()
@@ -133,9 +125,6 @@ class CudaDriver:
         """Make the device's primary context, in which `zero` and `synchronize` work from now on."""
         self._call("cuDevicePrimaryCtxRetain", ctypes.byref(self._context), ordinal)
 
-    def release_context(self, ordinal: int) -> None:
-        self._call("cuDevicePrimaryCtxRelease_v2", ordinal)
-
     def reserve(self, size_bytes: int) -> int:
         base = _U64()
         self._call("cuMemAddressReserve", ctypes.byref(base), size_bytes, 0, 0, 0)
@@ -149,9 +138,6 @@ class CudaDriver:
 
     def unmap(self, base: int, size_bytes: int) -> None:
         self._call("cuMemUnmap", base, size_bytes)
-
-    def free_address(self, base: int, size_bytes: int) -> None:
-        self._call("cuMemAddressFree", base, size_bytes)
 
     def zero(self, base: int, size_bytes: int) -> None:
         """Start to fill with zeros; `synchronize` waits for it."""

@@ -40,32 +40,22 @@ VERSION_PATH = "/proc/driver/nvidia/version"
 ESC_FREE = 0x29
 ESC_CONTROL = 0x2A
 ESC_ALLOC = 0x2B
-ESC_DUP_OBJECT = 0x34
-ESC_CARD_INFO = 200
 ESC_REGISTER_FD = 201
-ESC_XFER_CMD = 211
 
 # Classes.
 ROOT_CLIENT = 0x41
 DEVICE = 0x80
 SUBDEVICE = 0x2080
-CHANNEL_GROUP = 0xA06C
-CHANNEL_CLASSES = (0xC46F, 0xC56F, 0xC86F, 0xC96F, 0xCA6F)
-"""Turing, Ampere, Hopper, Blackwell A, Blackwell B CHANNEL_GPFIFO."""
 
 # Controls.
-GPU_GET_ATTACHED_IDS = 0x201
 GPU_GET_PROBED_IDS = 0x214
-GPU_ATTACH_IDS = 0x215
 GPU_GET_NAME_STRING = 0x20800110
 FIFO_DISABLE_CHANNELS = 0x2080110B
 GET_CTXSW_MODES = 0x20801235
 TSG_GPFIFO_SCHEDULE = 0xA06C0101
-TSG_SET_TIMESLICE = 0xA06C0103
 TSG_GET_TIMESLICE = 0xA06C0104
 TSG_PREEMPT = 0xA06C0105
 TSG_GET_INFO = 0xA06C0106
-CHANNEL_GPFIFO_SCHEDULE = 0xA06F0103
 RESTART_RUNLIST = 0xA06F0111
 
 ENGINE_GRAPHICS = 1
@@ -73,7 +63,6 @@ ENGINE_GRAPHICS = 1
 ENGINE_GRAPHICS_LAST = 8
 ENGINE_COPY_FIRST, ENGINE_COPY_LAST = 9, 0x12
 CHANNELS_PER_CALL = 64
-PREEMPT_TIMEOUT_MAX_US = 1_000_000
 
 # Status codes.
 OK = 0x00
@@ -264,15 +253,6 @@ class ControlCall(ctypes.Structure):
     )
 
 
-class Dup(ctypes.Structure):
-    """NVOS55_PARAMETERS."""
-
-    _fields_ = tuple(
-        (name, ctypes.c_uint32)
-        for name in ("client", "parent", "object", "source_client", "source", "flags", "status")
-    )
-
-
 class DisableChannels(ctypes.Structure):
     """NV2080_CTRL_FIFO_DISABLE_CHANNELS_PARAMS. Only `disable`, `count` and the lists are ever set: with
     `only_scheduling` what runs would stay, `rewind` would drop queued work, an event needs the kernel."""
@@ -316,7 +296,6 @@ SIZES = {
     Alloc: 32,
     AllocWide: 48,
     ControlCall: 32,
-    Dup: 28,
     DisableChannels: 536,
     Preempt: 8,
     RestartRunlist: 2,

@@ -23,7 +23,6 @@ from valve_agent.devices.nvidia import rm
 
 MAP_EXTERNAL_ALLOCATION = 33
 MAP_EXTERNAL_SPARSE = 74
-SPARSE_ALIGNMENT = 64 << 10
 _HEAD = struct.Struct("<QQQ")  # base, length, offset
 _ATTRIBUTES_BYTES = 36  # UUID, then mapping type, caching, format, element bits, compression: 0 is default
 _TAIL = struct.Struct("<QiIII")  # number of attributes, rmCtrlFd, hClient, hMemory, rmStatus
