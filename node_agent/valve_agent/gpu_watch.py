@@ -51,18 +51,23 @@ class Finding:
 
 
 class GpuWatch:
-    def __init__(self, processes: Callable[[], Mapping[int, int]], refuse_unknown: bool) -> None:
-        """`processes`: pid -> bytes of GPU memory, of every process with a context. May raise DeviceError."""
+    def __init__(
+        self, processes: Callable[[], Mapping[int, int]], refuse_unknown: Callable[[], bool]
+    ) -> None:
+        """`processes`: pid -> bytes of GPU memory, of every process with a context. May raise DeviceError.
+        `refuse_unknown`: by the settings in force."""
         self.refuses = False
         """Offline must get no compute now."""
         self._processes = processes
-        self._refuse = refuse_unknown
+        self._refuse_unknown = refuse_unknown
+        self._refuse = False
         self._seen: dict[int, int] = {}
         self._told: set[int] = set()
 
     def look(self, parties: Parties) -> list[Finding]:
         """What is new since the last look; what must be ended is found at every look. Raises DeviceError."""
         found = []
+        self._refuse = self._refuse_unknown()
         present = self._processes()
         ours, strays = set(parties.ours()), set(parties.offline_strays())
         self._told &= present.keys()

@@ -81,7 +81,7 @@ class Share:
         self.agent.on_second = self._on_second
         self._watch: GpuWatch | None = None
         if parts.processes is not None:
-            self._watch = GpuWatch(parts.processes, settings.unknown_processes == "Refuse")
+            self._watch = GpuWatch(parts.processes, lambda: self.agent.settings.unknown_processes == "Refuse")
         if isinstance(self.memory, NvidiaMemoryPool):
             seen = parts.processes or dict
             self.agent.moves = SlabMoves(self.memory, registry, self.agent)

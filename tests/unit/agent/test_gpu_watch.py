@@ -67,12 +67,12 @@ def test_the_verdict(
 ) -> None:
     cast = Cast(**{who: 500})
     cast.captured = {500} if captured else set()
-    watch = GpuWatch(lambda: {500: 32 << 20, os.getpid(): 1}, refuse)
+    watch = GpuWatch(lambda: {500: 32 << 20, os.getpid(): 1}, lambda: refuse)
     looks = [watch.look(cast) for _ in range(LOOKS + 2)]
     assert not any(looks[: LOOKS - 1]), "a context may appear before its channels do"
     found = looks[LOOKS - 1]
     assert [(f.event, f.kill) for f in found] == ([outcome] if outcome else []), what
-    assert watch.refuses == (who == "stranger" and refuse)
+    assert watch.refuses == (who in ("stranger", "online_elsewhere") and refuse)
     if outcome:
         assert "32 MiB" in found[0].why
         assert bool(looks[LOOKS]) == outcome[1], "what must end is found again, a report is made once"
@@ -80,10 +80,20 @@ def test_the_verdict(
 
 def test_who_comes_and_goes_is_not_counted_on() -> None:
     present: dict[int, int] = {500: 1}
-    watch = GpuWatch(lambda: present, True)
+    watch = GpuWatch(lambda: present, lambda: True)
     cast = Cast(stranger=500)
     for _ in range(10):
         present = {500: 1}
         assert watch.look(cast) == []
         present = {}
         assert watch.look(cast) == []
+
+
+def test_a_change_of_the_policy_holds_at_the_next_look() -> None:
+    refuse = False
+    watch = GpuWatch(lambda: {500: 1}, lambda: refuse)
+    watch.look(Cast(stranger=500))
+    assert not watch.refuses
+    refuse = True
+    watch.look(Cast(stranger=500))
+    assert watch.refuses

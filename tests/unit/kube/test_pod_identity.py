@@ -272,7 +272,10 @@ class Book:
         return self.gpus
 
 
-def test_on_a_node_of_several_gpus_a_container_is_a_tenant_where_the_ledger_says(tmp_path: Path) -> None:
+def test_on_a_node_of_several_gpus_a_container_is_a_tenant_where_the_ledger_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(containers_module, "YOUNG_S", 0.0)
     setup = Setup(tmp_path)
     book = Book({SERVE: ("GPU-a", "GPU-b")})
     setup.containers.ledger = book  # type: ignore[assignment]
