@@ -88,3 +88,17 @@ def test_settings_are_waited_for_and_then_given(kubernetes: KubernetesNode) -> N
     assert kubernetes.settings().slabs == 64
     assert kubernetes.facts()["ready"] is True
     kubernetes.close()
+
+
+def test_each_gpu_gets_settings_of_its_own_size(kubernetes: KubernetesNode) -> None:
+    kubernetes._seen(node(cpuDevice=None))
+    sizes = [80 << 30, 40 << 30, 24 << 30]
+    settings = [kubernetes.settings(size) for size in sizes]
+    assert [round(100 * one.device_bytes / size) for one, size in zip(settings, sizes, strict=True)] == [
+        60
+    ] * 3
+    kubernetes.start([], [sizes[0], sizes[2]])  # the second could not be shared
+    kubernetes._seen(node(generation=2, cpuDevice=None, memory={"slabSize": "64Mi"}))
+    assert kubernetes._wanted is not None
+    assert [one.slab_bytes for one in kubernetes._wanted.settings] == [64 << 20] * 2
+    kubernetes.close()
