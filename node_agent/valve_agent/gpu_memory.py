@@ -21,10 +21,8 @@ QUARANTINES = 64
 """Most arenas at once; each has a quarantine allocation of one slab, from what is not in the pool."""
 
 
-def open_memory(
-    number: int, uuid: str, slabs: int, slab_bytes: int, hold_stands: Callable[[], bool]
-) -> NvidiaMemoryPool:
-    """The pool of GPU `number` with that NVML UUID; no slab is made yet. Raises DeviceError."""
+def open_memory(uuid: str, slabs: int, slab_bytes: int, hold_stands: Callable[[], bool]) -> NvidiaMemoryPool:
+    """The pool of the GPU with that NVML UUID; no slab is made yet. Raises DeviceError."""
     version = rm.driver_version()
     branch = rm.branch_of(version or "")
     if branch is None:
@@ -37,6 +35,6 @@ def open_memory(
     ordinals = [n for n in range(driver.devices()) if driver.uuid(n) == gpu]
     if not ordinals:
         raise DeviceMissing(f"libcuda does not see {uuid}: unset CUDA_VISIBLE_DEVICES for the agent")
-    physical = PhysicalSlabs(driver, ordinals[0], slab_bytes, slabs + QUARANTINES, instance=number)
+    physical = PhysicalSlabs(driver, ordinals[0], slab_bytes, slabs + QUARANTINES, uuid=gpu)
     mapper = Mapper(branch, gpu, physical.client.fd, physical.client.handle)
     return NvidiaMemoryPool(physical, mapper, slabs, gpu, hold_stands)

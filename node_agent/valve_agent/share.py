@@ -136,7 +136,7 @@ def _memory(parts: Parts, hold_stands: Callable[[], bool]) -> CpuMemoryPool | Nv
     settings = parts.settings
     if parts.device is Device.CPU:
         return CpuMemoryPool(settings.slab_bytes)
-    return open_memory(parts.info.number, parts.info.uuid, settings.slabs, settings.slab_bytes, hold_stands)
+    return open_memory(parts.info.uuid, settings.slabs, settings.slab_bytes, hold_stands)
 
 
 def make_pool(settings: EffectiveSettings, agent: Agent) -> Pool:

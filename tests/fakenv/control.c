@@ -27,6 +27,7 @@ static const struct control {
     {CTRL_GPU_ATTACH_IDS, ON_CLIENT, USER, 132},
     {CTRL_EXPORT_OBJECT_TO_FD, ON_CLIENT, USER, sizeof(struct ctrl_export)},
     {CTRL_IMPORT_OBJECT_FROM_FD, ON_CLIENT, USER, sizeof(struct ctrl_import)},
+    {CTRL_GPU_GET_UUID_INFO, ON_CLIENT, USER, 272},
     {CTRL_SET_CHANNEL_PROPERTIES, ON_DEVICE, USER, 16},
     {CTRL_STOP_RUNLIST, ON_DEVICE, ROOT, 4},
     {CTRL_START_RUNLIST, ON_DEVICE, ROOT, 4},
@@ -129,6 +130,16 @@ static uint32_t on_client(struct client *client, const struct caller *caller, ui
         return export_object(client, caller, (void *)params);
     case CTRL_IMPORT_OBJECT_FROM_FD:
         return import_object(client, caller, (void *)params);
+    case CTRL_GPU_GET_UUID_INFO: /* uuid[256], flags (2: binary), gpuId, deviceInstance, subdeviceInstance */
+        for (unsigned i = 0; i < machine.gpus; i++) {
+            uint8_t uuid[16];
+            gpu_uuid(i, uuid);
+            if (ids[64] == 2 && !memcmp(params, uuid, sizeof uuid)) {
+                ids[65] = gpu_id(i), ids[66] = i, ids[67] = 0;
+                return NV_OK;
+            }
+        }
+        return NV_ERR_OBJECT_NOT_FOUND;
     default: /* ATTACH_IDS */
         return NV_OK;
     }

@@ -88,6 +88,26 @@ def test_sizes_are_exact_per_branch(new_machine: NewMachine, branch: str) -> Non
     assert status(f"(rm.uvm_map(u, base, 4 << 20, c.handle, 0x77, {uvm_gpus}),)") == 0
 
 
+def test_a_gpu_is_found_by_its_uuid(new_machine: NewMachine) -> None:
+    actor = new_machine(gpus=2).actor()
+    found = actor.run("""
+        import ctypes, struct, rm
+        import driver_api
+        cu, c = driver_api.Cuda(context=False), rm.Client()
+        def ask(uuid, flags=2, size=272):
+            params = struct.pack("256s4I", uuid, flags, 0, 9, 9)[:size]
+            status, data = c.control(c.handle, 0x274, params)
+            return [status, *struct.unpack_from("2I", data, 264)] if size == 272 and not status else status
+        uuids = []
+        for gpu in (0, 1):
+            uuid = (ctypes.c_uint8 * 16)()
+            cu("cuDeviceGetUuid_v2", uuid, gpu)
+            uuids.append(bytes(uuid))
+        result = [*map(ask, uuids), ask(b"nobody"), ask(uuids[0], 0), ask(uuids[0], 2, 271)]
+    """)
+    assert found == [[0, 0, 0], [0, 1, 0], 0x57, 0x57, 0x1F]
+
+
 # what, expression, status
 STATUSES = [
     ("a control of an unknown number is not supported", "c.control(t['tsg'], 0xA06C0999, bytes(4))", 0x56),

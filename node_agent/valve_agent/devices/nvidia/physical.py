@@ -53,11 +53,11 @@ class PhysicalSlabs:
         slab_bytes: int,
         room: int,
         *,
-        instance: int | None = None,
+        uuid: bytes = b"",
         scrub: bool = True,
     ) -> None:
-        """`ordinal`: the GPU as libcuda numbers it; `instance`: as the RM does (default: the same). `room`:
-        most slabs that will ever be made. Raises DeviceError."""
+        """`ordinal`: the GPU as libcuda numbers it; the RM is asked for the one of that `uuid` (16 bytes;
+        without: the same number). `room`: most slabs that will ever be made. Raises DeviceError."""
         granularity = driver.granularity(ordinal)
         if slab_bytes % granularity:
             raise ArenaError(
@@ -72,9 +72,8 @@ class PhysicalSlabs:
         self._free: list[Slab] = []
         self._scrub_base = 0
         self.client = rm.RmClient()
-        params = struct.pack("<I", ordinal if instance is None else instance).ljust(
-            _DEVICE_PARAMS_BYTES, b"\0"
-        )
+        instance = self.client.device_instance(uuid) if uuid else ordinal
+        params = struct.pack("<I", instance).ljust(_DEVICE_PARAMS_BYTES, b"\0")
         self._device = self.client.alloc(self.client.handle, rm.DEVICE, params)
         if scrub:
             driver.retain_context(ordinal)

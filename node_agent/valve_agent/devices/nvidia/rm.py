@@ -27,6 +27,7 @@ import errno
 import fcntl
 import os
 import re
+import struct
 from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar, NamedTuple
@@ -50,6 +51,7 @@ SUBDEVICE = 0x2080
 # Controls.
 GPU_GET_PROBED_IDS = 0x214
 GPU_GET_NAME_STRING = 0x20800110
+GPU_GET_UUID_INFO = 0x274
 FIFO_DISABLE_CHANNELS = 0x2080110B
 GET_CTXSW_MODES = 0x20801235
 TSG_GPFIFO_SCHEDULE = 0xA06C0101
@@ -57,6 +59,8 @@ TSG_GET_TIMESLICE = 0xA06C0104
 TSG_PREEMPT = 0xA06C0105
 TSG_GET_INFO = 0xA06C0106
 RESTART_RUNLIST = 0xA06F0111
+_UUID_INFO = struct.Struct("<256sIIII")  # UUID, flags, gpuId, deviceInstance, subdeviceInstance
+_UUID_IS_BINARY = 2
 
 ENGINE_GRAPHICS = 1
 """engineType of GR0, where compute runs; 2..8 are the other GR engines of a partitioned GPU."""
@@ -404,6 +408,12 @@ class RmClient:
         if call.status != OK:
             raise error_of(f"control 0x{command:x}", call.status)
         return buffer.raw if buffer is not None else b""
+
+    def device_instance(self, uuid: bytes) -> int:
+        """The RM's number (deviceId of NV01_DEVICE_0) of the GPU with that UUID (16 bytes); NVML and CUDA may
+        count otherwise. Raises RmError."""
+        params = _UUID_INFO.pack(uuid, _UUID_IS_BINARY, 0, 0, 0)
+        return int(_UUID_INFO.unpack(self.control(self.handle, GPU_GET_UUID_INFO, params))[3])
 
     def free(self, handle: int) -> None:
         """Raises RmError."""
