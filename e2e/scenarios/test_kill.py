@@ -28,7 +28,7 @@ from valve_cli.status import StatusError, read_status
 
 ROOT = Path(__file__).resolve().parents[2]
 POLICY = ROOT / "examples/demo.yaml"
-PATIENCE_S = 90.0
+PATIENCE_S = 300.0
 
 
 class Traffic:

@@ -14,7 +14,7 @@ from typing import Any
 
 from valve_cli.bench.rig import JsonChild, LiveTenant
 
-START_S = 150.0
+START_S = 600.0
 """Loading vLLM takes 12 s on a quiet machine."""
 
 

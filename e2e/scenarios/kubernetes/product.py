@@ -19,7 +19,7 @@ from e2e.cluster.programs import program
 ROOT = Path(__file__).resolve().parents[3]
 NAMESPACE = "valve-system"
 LABEL = "valve.io/e2e"
-NODE_READY_S = 90
+NODE_READY_S = 240
 POLICY: dict[str, Any] = {
     "apiVersion": "valve.io/v1alpha1",
     "kind": "ColocationPolicy",

@@ -15,8 +15,8 @@ from e2e.scenarios.kubernetes import tenants
 NAMESPACE = "shop"
 ONLINE = {"valve.io/workload": "online"}
 OFFLINE = {"valve.io/workload": "offline", "valve.io/gpu-memory": "1Gi"}
-START_S = 150
-ADMISSION_S = 60
+START_S = 600
+ADMISSION_S = 180
 
 
 class Shop:

@@ -194,7 +194,7 @@ def test_a_process_of_no_tenant_is_reported_and_refused_by_policy(new_node: NewN
     stranger.run("import driver_api; cu = driver_api.Cuda(); cu.alloc(32 << 20)")
     said = node.agent.wait_event("unknown-process")
     assert (said["pid"], said["killed"]) == (stranger.pid, False)
-    assert "belongs to no tenant: start it with `valve run`" in said["why"]
+    assert "belongs to no tenant of it: start it with `valve run`" in said["why"]
     if refuse:
         assert "offline gets no compute" in said["why"]
         assert comes_to_stand(victim)
