@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from device_node import GIB, GPU_A, FakeAgent, Plugin, free_port, get
+from device_node import GPU_A, FakeAgent, Plugin, free_port, get
 from fake_kubelet import FakeKubelet
 
 from valve_deviceplugin.main import main
@@ -126,15 +126,12 @@ def test_an_init_container_and_its_pod_share_ids(
     assert sorted(entry["memory_gib"] for entry in entries) == [2, 9]
 
 
-def test_the_status_of_an_agent_with_one_device(
-    kubelet: FakeKubelet, agent: FakeAgent, plugin: Plugin, monkeypatch: pytest.MonkeyPatch
+def test_a_device_that_is_no_gpu_brings_no_gpu(
+    kubelet: FakeKubelet, agent: FakeAgent, plugin: Plugin
 ) -> None:
-    slabs = {"bytes_each": GIB // 4, "total": 32, "free": 20, "reservation": 4, "online_floor": 8}
-    tenants = {"serve": {"role": "online", "held_slabs": 8}, "batch": {"role": "offline", "held_slabs": 4}}
-    document = {"schema": "valve.io/status/v1", "device": "cpu", "slabs": slabs, "tenants": tenants}
-    monkeypatch.setattr(agent, "_document", lambda: document)
+    agent.gpus = {"cpu": (8, 5, 1)}
     plugin.start()
-    kubelet.wait(lambda: kubelet.capacity(OFFLINE) == (8, 5), "20 slabs of a quarter GiB are lent")
+    kubelet.wait(lambda: kubelet.capacity(OFFLINE) == (8, 5), "the cpu device is lent")
     answer = kubelet.admit("a", {OFFLINE: 5}).answers[OFFLINE]
     assert answer.envs["VALVE_GPU"] == "cpu"
     assert "NVIDIA_VISIBLE_DEVICES" not in answer.envs
