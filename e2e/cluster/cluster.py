@@ -20,7 +20,7 @@ from types import TracebackType
 from e2e.cluster import network
 from e2e.cluster.control_plane import ControlPlane
 from e2e.cluster.images import small
-from e2e.cluster.node import Node
+from e2e.cluster.node import FakeDriver, Node
 from e2e.cluster.processes import Supervisor, tail
 
 STATE_FOLDER = Path("/var/tmp")
@@ -37,17 +37,20 @@ class Cluster:
         labels: Mapping[str, str] | None = None,
         logs: Path | None = None,
         images: Sequence[str] = tuple(small.ALL),
+        driver: FakeDriver | None = None,
     ) -> None:
         """Returns when every node is Ready. Raises MissingError, StartError.
 
         labels  of every node
         logs    a folder that outlives the cluster; default: lost with it
         images  which of the small images to load
+        driver  what every node has besides this machine's devices
         """
         self.state = Path(tempfile.mkdtemp(prefix="valve-cluster-", dir=STATE_FOLDER))
         self.logs = logs or self.state / "logs"
         self.nodes: list[Node] = []
         self._labels = dict(labels or {})
+        self._driver = driver
         self._hub: Supervisor | None = None
         try:
             self._hub = Supervisor(self.logs / "control-plane", isolate=True, remove=self.state)
@@ -82,7 +85,9 @@ class Cluster:
     def _start_node(self) -> Node:
         index = len(self.nodes) + 1
         name = f"node-{index}"
-        node = Node(self.plane, self.network, self.state / name, self.logs / name, index, self._labels)
+        node = Node(
+            self.plane, self.network, self.state / name, self.logs / name, index, self._labels, self._driver
+        )
         self.nodes.append(node)
         return node
 

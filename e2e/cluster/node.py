@@ -11,7 +11,9 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Mapping
+import stat
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,8 @@ find /run -mindepth 1 -delete
 mkdir /run/lock
 """
 """What a reboot does to mounts and to /run, which is in memory on a real node."""
+DEV = "dev"
+"""Folder of the node's state with the device files that the machine does not have."""
 CONTAINERD_SOCKET = "/run/containerd/containerd.sock"
 CONTAINERD_CONFIG = """\
 version = 3
@@ -64,6 +68,18 @@ SystemdCgroup = false
 """
 
 
+@dataclass(frozen=True, slots=True)
+class FakeDriver:
+    """A driver that a node has and the machine has not (tests/fakenv)."""
+
+    prefix: Sequence[str]
+    """Words before a command that make it and all that it starts see the driver. containerd gets them, and so
+    every container of the node."""
+    nodes: Mapping[str, tuple[int, int]]
+    """Device files of the node: name in /dev -> major, minor. As on any node, a privileged container has them
+    and another one has what it is given."""
+
+
 class Node:
     """Starts in the constructor; ready when `ready` says so (`Cluster` waits for it)."""
 
@@ -75,12 +91,14 @@ class Node:
         logs: Path,
         index: int,
         labels: Mapping[str, str],
+        driver: FakeDriver | None = None,
     ) -> None:
         """Raises MissingError, StartError."""
         self.name = f"node-{index}"
         self.state = state
         self.address = network.node_address(index)
         self._plane = plane
+        self._driver = driver
         self.cgroup = f"valve-e2e-{os.getpid()}-{network.number}-{index}"
         for folder in (*OWN_FOLDERS, "cni", "opt/upper", "opt/work", "settings"):
             (state / folder).mkdir(parents=True)
@@ -91,9 +109,10 @@ class Node:
             file.write_text(f"{value}\n")
             binds.append((file, f"/proc/sys/{setting}"))
         cgroups.create(self.cgroup)
-        self.supervisor = Supervisor(
-            logs, isolate=True, binds=binds, overlays=[(state / "opt", "/opt")], cgroup=self.cgroup
-        )
+        overlays = [(state / "opt", "/opt")]
+        if driver is not None:
+            overlays.append((self._make_devices(driver), "/dev"))
+        self.supervisor = Supervisor(logs, isolate=True, binds=binds, overlays=overlays, cgroup=self.cgroup)
         try:
             network.attach(index, self.supervisor.pid)
             self.containerd = self._start_containerd(network.pods(index))
@@ -114,6 +133,16 @@ class Node:
             return self.state / "opt" / "upper" / place[len("/opt/") :]
         return Path(place)
 
+    def _make_devices(self, driver: FakeDriver) -> Path:
+        """What to lay over /dev: the machine's own folder must not get them."""
+        for folder in ("upper", "work"):
+            (self.state / DEV / folder).mkdir(parents=True)
+        for name, (major, minor) in driver.nodes.items():
+            node = self.state / DEV / "upper" / name
+            os.mknod(node, stat.S_IFCHR | 0o666, os.makedev(major, minor))
+            node.chmod(0o666)
+        return self.state / DEV
+
     def _start_containerd(self, pods: str) -> Program:
         (self.state / "cni" / "10-valve.conflist").write_text(json.dumps({
             "cniVersion": "1.0.0", "name": "pods", "plugins": [{
@@ -129,7 +158,7 @@ class Node:
         ))  # fmt: skip
         binary = program("containerd")
         running = self.supervisor.start(
-            "containerd", [binary, "--config", config],
+            "containerd", [*(self._driver.prefix if self._driver else ()), binary, "--config", config],
             {"PATH": f"{binary.parent}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"},
         )  # fmt: skip
         running.until("its socket was there", self.path(CONTAINERD_SOCKET).exists)

@@ -104,7 +104,7 @@ API CUresult cuDeviceGetPCIBusId(char *id, int length, CUdevice device)
 {
     CUresult r = device_ok(device);
     if (!r)
-        snprintf(id, (size_t)length, "0000:%02X:00.0", device + 1);
+        snprintf(id, (size_t)length, "0000:%02X:00.0", cuda.physical[device] + 1);
     return r;
 }
 

@@ -49,7 +49,7 @@ uint32_t rm_query(int gpu, struct fakenv_query *query)
     return query->status;
 }
 
-/* The machine's number of a GPU that CUDA_VISIBLE_DEVICES names by number or by the beginning of its UUID. */
+/* The number, among those that this process has, of a GPU that CUDA_VISIBLE_DEVICES names by number or by the beginning of its UUID. */
 static int named(const char *word, unsigned gpus)
 {
     char *end;
@@ -84,7 +84,7 @@ static void choose_visible(void)
         int gpu = named(word, gpus);
         if (gpu < 0)
             break;
-        chosen[cuda.gpus++] = (unsigned)gpu;
+        chosen[cuda.gpus++] = cuda.physical[gpu];
     }
     memcpy(cuda.physical, chosen, cuda.gpus * sizeof *chosen);
 }
@@ -100,14 +100,18 @@ uint32_t rm_connect(void)
         rm_query(0, &cuda.info[0]) != NV_OK)
         return NV_ERR_INVALID_STATE;
     cuda.branch = branch_named(cuda.info[0].branch);
-    cuda.gpus = cuda.info[0].gpus;
-    for (unsigned i = 0; i < cuda.gpus; i++) {
-        cuda.physical[i] = i;
-        rm_query((int)i, &cuda.info[i]);
+    char path[32];
+    unsigned gpus = cuda.info[0].gpus;
+    for (unsigned i = 0; i < gpus; i++) {
+        snprintf(path, sizeof path, "/dev/nvidia%u", i);
+        if (access(path, F_OK) < 0) /* not this container's */
+            continue;
+        cuda.physical[cuda.gpus] = i;
+        rm_query((int)cuda.gpus, &cuda.info[cuda.gpus]);
+        cuda.gpus++;
     }
     choose_visible();
     for (unsigned i = 0; i < cuda.gpus; i++) {
-        char path[32];
         rm_query((int)i, &cuda.info[i]);
         snprintf(path, sizeof path, "/dev/nvidia%u", cuda.physical[i]);
         cuda.gpu_fd[i] = open(path, O_RDWR | O_CLOEXEC);

@@ -98,7 +98,7 @@ struct rule { uint32_t number, status, delay_us; bool alloc, deny; uint32_t left
 struct machine {
     const struct branch *branch;
     char version[64];
-    bool driver;
+    bool driver, need_nodes; /* need_nodes: a path is ours where the caller's /dev has that node */
     unsigned gpus;
     uint64_t gpu_bytes, used_bytes[FAKENV_MAX_GPUS];
     bool lost[FAKENV_MAX_GPUS];
@@ -124,7 +124,9 @@ void files_start_watch(void);
 int files_open(enum file_kind kind, unsigned minor, pid_t tid);
 /* The file behind descriptor `fd` of `tid`, or NULL when it is not one of ours. */
 struct file *files_find(pid_t tid, int fd);
-/* What kind of file of ours that descriptor is; false when it is none. Needs no rm_lock. */
+/* What kind of file of ours that path of /proc leads to; false when to none. Needs no rm_lock. */
+bool files_look_at(const char *path, enum file_kind *kind, unsigned *minor);
+/* The same of a descriptor. */
 bool files_look(pid_t tid, int fd, enum file_kind *kind, unsigned *minor);
 uint32_t gpu_id(unsigned gpu);
 void gpu_uuid(unsigned gpu, uint8_t uuid[16]);
@@ -137,8 +139,12 @@ bool remote_write(pid_t tid, uint64_t address, const void *from, size_t bytes);
 size_t remote_path(pid_t tid, uint64_t address, char *to, size_t bytes);
 pid_t remote_tgid(pid_t tid);
 bool remote_capable(pid_t tid, unsigned capability);
+/* The process `pid` as `tid` would call it: in its PID namespace; 0 when it is not to be seen from there. */
+pid_t remote_name(pid_t tid, pid_t pid);
 
-/* nodes.c: the result of a stat, access or readlink call, -errno, or NODE_NOT_OURS. Needs no rm_lock. */
+/* nodes.c. Whether the caller's file system has that node, or need not have it. Needs no rm_lock. */
+bool nodes_there(pid_t tid, const char *path);
+/* The result of a stat, access or readlink call, -errno, or NODE_NOT_OURS. Needs no rm_lock. */
 enum { NODE_NOT_OURS = INT32_MIN };
 int64_t nodes_answer(pid_t tid, int nr, const uint64_t arg[6]);
 

@@ -63,17 +63,23 @@ int files_open(enum file_kind kind, unsigned minor, pid_t tid)
 }
 
 /* files_lock held */
-static struct file *find(pid_t tid, int fd)
+static struct file *find_at(const char *path)
 {
-    char path[48];
     struct stat st;
-    snprintf(path, sizeof path, "/proc/%d/fd/%d", tid, fd);
     if (stat(path, &st) < 0 || !S_ISSOCK(st.st_mode))
         return NULL;
     for (struct file *f = machine.files; f; f = f->next)
         if (f->inode == st.st_ino && f->device == st.st_dev)
             return f;
     return NULL;
+}
+
+/* files_lock held */
+static struct file *find(pid_t tid, int fd)
+{
+    char path[48];
+    snprintf(path, sizeof path, "/proc/%d/fd/%d", tid, fd);
+    return find_at(path);
 }
 
 struct file *files_find(pid_t tid, int fd)
@@ -84,14 +90,21 @@ struct file *files_find(pid_t tid, int fd)
     return file; /* it stays: only a holder of rm_lock takes files away */
 }
 
-bool files_look(pid_t tid, int fd, enum file_kind *kind, unsigned *minor)
+bool files_look_at(const char *path, enum file_kind *kind, unsigned *minor)
 {
     pthread_mutex_lock(&files_lock);
-    struct file *file = find(tid, fd);
+    struct file *file = find_at(path);
     if (file)
         *kind = file->kind, *minor = file->minor;
     pthread_mutex_unlock(&files_lock);
     return file != NULL;
+}
+
+bool files_look(pid_t tid, int fd, enum file_kind *kind, unsigned *minor)
+{
+    char path[48];
+    snprintf(path, sizeof path, "/proc/%d/fd/%d", tid, fd);
+    return files_look_at(path, kind, minor);
 }
 
 void memory_put(struct memory *memory)

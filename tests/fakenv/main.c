@@ -7,7 +7,8 @@
  *   fakenv run   [options] -- COMMAND ...       both: serves until COMMAND has ended
  *   fakenv ctl   --socket PATH WORD ...         one line of the control protocol (knobs.c)
  *
- * Options: --branch 535|550|570|580|595, --driver-version TEXT, --no-driver, --gpus N, --memory-mib N.
+ * Options: --branch 535|550|570|580|595, --driver-version TEXT, --no-driver, --need-nodes, --gpus N,
+ * --memory-mib N.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -186,6 +187,10 @@ static char **options(int argc, char **argv)
         if (*name == 0) {
             i++;
             break;
+        }
+        if (strcmp(name, "need-nodes") == 0) {
+            machine.need_nodes = true;
+            continue;
         }
         if (strcmp(name, "no-driver") == 0) {
             machine.driver = false;

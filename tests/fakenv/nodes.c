@@ -44,6 +44,16 @@ static bool node_of_path(const char *path, enum file_kind *kind, unsigned *minor
     return *rest && !*end && *minor < machine.gpus;
 }
 
+bool nodes_there(pid_t tid, const char *path)
+{
+    char there[128];
+    struct stat st;
+    if (!machine.need_nodes)
+        return true;
+    snprintf(there, sizeof there, "/proc/%d/root%s", tid, path);
+    return stat(there, &st) == 0 && S_ISCHR(st.st_mode) && (major(st.st_rdev) == NVIDIA_MAJOR || major(st.st_rdev) == UVM_MAJOR);
+}
+
 static void fill(enum file_kind kind, unsigned minor, struct stat *st)
 {
     /* One inode per node, however often it is open: identity is in the open file, not here. */
@@ -74,8 +84,10 @@ static int64_t readlink_ours(pid_t tid, const char *path, uint64_t at, uint64_t 
     unsigned minor;
     if (strncmp(path, "/proc/", 6) != 0 || !fd)
         return NODE_NOT_OURS;
-    pid_t whose = strncmp(path, "/proc/self/", 11) == 0 || strncmp(path, "/proc/thread-self/", 18) == 0 ? tid : atoi(path + 6);
-    if (!files_look(whose, atoi(fd + 4), &kind, &minor))
+    bool own = strncmp(path, "/proc/self/", 11) == 0 || strncmp(path, "/proc/thread-self/", 18) == 0;
+    char there[128]; /* in the caller's /proc, where processes have the names that it knows */
+    snprintf(there, sizeof there, "/proc/%d/root%s", tid, path);
+    if (!(own ? files_look(tid, atoi(fd + 4), &kind, &minor) : files_look_at(there, &kind, &minor)))
         return NODE_NOT_OURS;
     snprintf(name, sizeof name, kind == FILE_CTL ? "/dev/nvidiactl" : kind == FILE_UVM ? "/dev/nvidia-uvm" : "/dev/nvidia%u", minor);
     uint64_t n = strlen(name) < bytes ? strlen(name) : bytes;
@@ -109,7 +121,7 @@ int64_t nodes_answer(pid_t tid, int nr, const uint64_t arg[6])
     if (is_link)
         return readlink_ours(tid, path, arg[calls[i].buffer], arg[calls[i].buffer + 1]);
     if (calls[i].path >= 0 && path[0]) {
-        if (!node_of_path(path, &kind, &minor))
+        if (!node_of_path(path, &kind, &minor) || !nodes_there(tid, path))
             return NODE_NOT_OURS;
     } else if (calls[i].fd < 0 || !files_look(tid, (int)arg[calls[i].fd], &kind, &minor)) {
         return NODE_NOT_OURS;

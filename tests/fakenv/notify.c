@@ -72,6 +72,8 @@ static int open_ours(const char *path, pid_t tid)
     char *end;
     if (strncmp(path, "/dev/nvidia", 11) == 0) {
         const char *rest = path + 11;
+        if (!nodes_there(tid, path))
+            return -ENOENT;
         if (strcmp(rest, "ctl") == 0)
             return files_open(FILE_CTL, 255, tid);
         if (strcmp(rest, "-uvm") == 0)
@@ -156,7 +158,7 @@ static int attach(const struct caller *caller, struct fakenv_attach *p)
     return 0;
 }
 
-static void query(struct fakenv_query *q)
+static void query(const struct caller *caller, struct fakenv_query *q)
 {
     unsigned gpu = q->gpu;
     memset(q, 0, sizeof *q);
@@ -192,6 +194,15 @@ static void query(struct fakenv_query *q)
             q->process[i].pid = (uint32_t)pid;
             q->process[i].used_bytes += o->kind == OBJ_MEMORY ? o->memory->bytes : 0;
         }
+    unsigned seen = 0;
+    for (unsigned i = 0; i < q->process_count; i++) {
+        pid_t name = remote_name(caller->tid, (pid_t)q->process[i].pid);
+        if (name) {
+            q->process[seen] = q->process[i];
+            q->process[seen++].pid = (uint32_t)name;
+        }
+    }
+    q->process_count = seen;
 }
 
 static void memory_size(struct fakenv_size *p)
@@ -282,7 +293,7 @@ static int escape(const struct caller *caller, uint32_t nr, size_t size, uint64_
     case NV_ESC_CARD_INFO: card_info((void *)p, size / sizeof(struct nv_card)); break;
     case NV_ESC_WAIT_OPEN_COMPLETE: memset(p, 0, size); break;
     case FAKENV_ESC_ATTACH: result = attach(caller, (void *)p); break;
-    case FAKENV_ESC_QUERY: query((void *)p); break;
+    case FAKENV_ESC_QUERY: query(caller, (void *)p); break;
     case FAKENV_ESC_SIZE: memory_size((void *)p); break;
     case NV_ESC_RM_ALLOC:
         if (size == sizeof(struct nvos64)) {

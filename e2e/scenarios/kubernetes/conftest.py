@@ -14,13 +14,15 @@ from pathlib import Path
 
 import pytest
 
+sys.path.insert(0, str(Path(__file__).parents[3] / "tests" / "fakenv"))
+import fakenv
 from e2e.cluster.cluster import Cluster
 from e2e.cluster.errors import MissingError
 from e2e.cluster.foreign import ForeignCluster
 from e2e.cluster.images import small
 from e2e.cluster.kubectl import Kubectl
 from e2e.cluster.node import Node
-from e2e.scenarios.kubernetes import product
+from e2e.scenarios.kubernetes import gpu_rig, product
 from e2e.scenarios.kubernetes.plugin_rig import PluginRig
 from e2e.scenarios.kubernetes.shop import Shop
 
@@ -47,12 +49,12 @@ def cluster(
             running.append(ForeignCluster(Path(FOREIGN)))
             folder = tmp_path_factory.mktemp("images")
             for name in small.ALL:
-                running[0].load_image(small.write(name, folder))
+                running[-1].load_image(small.write(name, folder))
         else:
             running.append(stack.enter_context(Cluster(logs=tmp_path_factory.mktemp("cluster-logs"))))
     except MissingError as error:
         pytest.skip(str(error))
-    return running[0]
+    return running[-1]
 
 
 @pytest.fixture
@@ -98,6 +100,35 @@ def shop(cluster: Cluster | ForeignCluster, installed: None) -> Shop:
     return Shop(cluster.kubectl, cluster.nodes[0])
 
 
+@pytest.fixture(scope="module")
+def machine() -> Iterator[fakenv.Machine]:
+    """A machine with the fake NVIDIA driver and two GPUs."""
+    folder = fakenv.build()
+    if reason := fakenv.unavailable(folder):
+        pytest.skip(f"the fake NVIDIA driver cannot run here: {reason}")
+    with fakenv.Machine(folder, gpus=len(gpu_rig.UUIDS), memory_mib=gpu_rig.GPU_MIB, need_nodes=True) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def gpu_cluster(machine: fakenv.Machine, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """A cluster of its own, whose node has the driver, and Valve on it with the nvidia device."""
+    if FOREIGN:
+        pytest.skip("a node under a fake driver is one that these tests start (unset VALVE_KUBECONFIG)")
+    if not (ROOT / "build/runtime/lib").exists():
+        pytest.skip("build/runtime is missing: run `make runtime`")
+    folder = tmp_path_factory.mktemp("gpu-cluster")
+    with ExitStack() as stack:
+        try:
+            made = stack.enter_context(Cluster(logs=folder / "logs", driver=gpu_rig.driver(machine)))
+        except MissingError as error:
+            pytest.skip(str(error))
+        running.append(made)
+        stack.callback(running.remove, made)
+        gpu_rig.install(made, machine.folder, folder / "values.yaml")
+        yield made
+
+
 @pytest.fixture
 def rig(plugin_rig: PluginRig) -> PluginRig:
     """The device plugin on the node, everything running and all memory lent."""
@@ -122,5 +153,5 @@ def pytest_runtest_makereport(
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
     if report.failed and running:
-        report.sections.append(("cluster logs", running[0].log_tails()))
+        report.sections.append(("cluster logs", running[-1].log_tails()))
     return report

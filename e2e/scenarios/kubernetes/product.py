@@ -45,29 +45,39 @@ def helm(cluster: Cluster | ForeignCluster, *arguments: str | Path) -> str:
     return done.stdout
 
 
-def install(cluster: Cluster | ForeignCluster) -> None:
-    """Returns when the operator answers and the policy's node offers both resources."""
+def install(
+    cluster: Cluster | ForeignCluster,
+    policy: dict[str, Any] = POLICY,
+    device: str = "cpu",
+    values: Path | None = None,
+    gpus: int = 1,
+) -> None:
+    """Returns when the operator answers and the policy's node offers a seat and a GiB of each GPU.
+
+    values  a file of chart values, for what a device needs
+    """
     cluster.load_image(product.build())
     kubectl = cluster.kubectl
     kubectl("label", "node", "--all", f"{LABEL}=true", "--overwrite")
+    more = [f"--values={values}"] if values else []
     helm(
         cluster, "install", "valve", ROOT / "charts/valve", "-n", NAMESPACE, "--create-namespace", "--wait",
-        "--timeout=120s", f"--set=image.registry={product.REGISTRY},operator.replicas=1,agent.device=cpu",
-        "--set=devicePlugin.injection=cdi",
+        "--timeout=120s", f"--set=image.registry={product.REGISTRY},operator.replicas=1",
+        f"--set=agent.device={device},devicePlugin.injection=cdi", *more,
     )  # fmt: skip
-    kubectl.apply(POLICY)
+    kubectl.apply(policy)
 
     def offers(nodes: dict[str, Any]) -> bool:
         found = [
             node["status"]["allocatable"] for node in nodes["items"] if LABEL in node["metadata"]["labels"]
         ]
         return all(
-            int(node.get("valve.io/online-gpu", 0)) == 1
-            and int(node.get("valve.io/offline-memory-gib", 0)) == 1
+            int(node.get("valve.io/online-gpu", 0)) == gpus
+            and int(node.get("valve.io/offline-memory-gib", 0)) == gpus
             for node in found
         )
 
-    kubectl.until("every node offers a seat and a GiB", ["nodes"], offers, NODE_READY_S)
+    kubectl.until("every node offers a seat and a GiB of each GPU", ["nodes"], offers, NODE_READY_S)
 
 
 @dataclass(frozen=True)

@@ -205,6 +205,19 @@ def test_a_template_value_is_merged_into_the_daemonset() -> None:
     assert ours["agent.yaml"] == plain
 
 
+@pytest.mark.parametrize(
+    ("device", "asks"), [("nvidia", True), ("", True), ("cpu", False)], ids=["nvidia", "by policy", "cpu"]
+)
+def test_the_agent_asks_nvidias_container_runtime_for_every_gpu(device: str, asks: bool) -> None:
+    """Without it a runtime class gives the container no GPU and no library."""
+    (agent,) = containers(
+        node_templates(render(f'agent.device="{device}"'))["agent.yaml"]["spec"]["template"]["spec"]
+    )
+    env = {entry["name"]: entry.get("value") for entry in agent["env"]}
+    assert (env.get("NVIDIA_VISIBLE_DEVICES") == "all") == asks
+    assert (env.get("NVIDIA_DRIVER_CAPABILITIES") == "compute,utility") == asks
+
+
 def test_selectors_select_what_the_templates_label() -> None:
     objects = render("monitoring.assumeApi=true", "monitoring.podMonitor.enabled=true")
     labels = {

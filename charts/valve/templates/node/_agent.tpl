@@ -65,6 +65,11 @@ spec:
           env:
             - name: NODE_NAME
               valueFrom: {fieldRef: {fieldPath: spec.nodeName}}
+            {{- if ne .Values.agent.device "cpu" }}
+            # What NVIDIA's container runtime goes by: every GPU, its CUDA and NVML libraries.
+            - {name: NVIDIA_VISIBLE_DEVICES, value: all}
+            - {name: NVIDIA_DRIVER_CAPABILITIES, value: "compute,utility"}
+            {{- end }}
             {{- with include "valve.apiServerEnv" . }}
             {{- . | nindent 12 }}
             {{- end }}
@@ -94,6 +99,9 @@ spec:
             - {name: logs, mountPath: /var/log, readOnly: true}
             - {name: allocations, mountPath: {{ .Values.node.stateDir }}, readOnly: true}
             - {name: tmp, mountPath: /tmp}
+            {{- with .Values.agent.extraVolumeMounts }}
+            {{- toYaml . | nindent 12 }}
+            {{- end }}
       volumes:
         - name: run
           hostPath: {path: {{ .Values.node.runDir }}, type: DirectoryOrCreate}
@@ -107,6 +115,9 @@ spec:
           hostPath: {path: {{ .Values.node.stateDir }}, type: DirectoryOrCreate}
         - name: tmp
           emptyDir: {sizeLimit: 64Mi}
+        {{- with .Values.agent.extraVolumes }}
+        {{- toYaml . | nindent 8 }}
+        {{- end }}
       {{- with .Values.agent.tolerations }}
       tolerations:
         {{- toYaml . | nindent 8 }}
