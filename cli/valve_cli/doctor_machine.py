@@ -174,7 +174,8 @@ def _runtime() -> Check:
     try:
         return _machine("libvalve", "ok", str(find_library(default_runtime())))
     except RunError as error:
-        return _machine("libvalve", "warning", str(error), "build it with `make runtime` before `valve run`")
+        advice = "the device plugin brings it into pods; for `valve run` build it with `make runtime`"
+        return _machine("libvalve", "warning", str(error), advice)
 
 
 def _memory() -> Check:

@@ -134,6 +134,7 @@ class Gate:
         self._beat_every_ns = settings.lease_ns // 4
         self._beat_ns = now
         self._strikes: dict[Any, int] = {}  # of the pause in force
+        self._killed: set[Any] = set()  # and not gone yet
         self._outbox: deque[bytes] = deque()
         self._done = False
         self._epoll = select.epoll()
@@ -345,6 +346,9 @@ class Gate:
 
     def _kill(self, target: Any, why: str) -> None:
         signal.pidfd_send_signal(target.pidfd, signal.SIGKILL)
+        if target in self._killed:
+            return  # it has been told of
+        self._killed.add(target)
         self._stats.count("kills")
         sentence = (
             f"process {target.pid} {why}, so it was killed: an offline process that Valve cannot pause must "
@@ -407,6 +411,7 @@ class Gate:
         target = self._targets.of_pidfd(pidfd)
         if target is not None:  # else it was dropped earlier in this turn
             self._emit("target_gone", self._wake_ns, pid=target.pid)
+            self._killed.discard(target)
             self._targets.forget(target)
 
     # -- main's commands -------------------------------------------------------------------

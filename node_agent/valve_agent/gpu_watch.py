@@ -58,6 +58,8 @@ class GpuWatch:
         `refuse_unknown`: by the settings in force."""
         self.refuses = False
         """Offline must get no compute now."""
+        self.unknown = 0
+        """Processes of no tenant of this GPU, at the last look."""
         self._processes = processes
         self._refuse_unknown = refuse_unknown
         self._refuse = False
@@ -78,7 +80,8 @@ class GpuWatch:
             finding = self._judge(pid, used, parties, pid in strays)
             if finding is not None:
                 suspects[pid] = finding
-        self.refuses = self._refuse and any(not finding.kill for finding in suspects.values())
+        self.unknown = sum(not finding.kill for finding in suspects.values())
+        self.refuses = self._refuse and self.unknown > 0
         self._seen = {pid: self._seen.get(pid, 0) + 1 for pid in suspects}
         for pid, finding in suspects.items():
             if self._seen[pid] >= LOOKS and (finding.kill or pid not in self._told):

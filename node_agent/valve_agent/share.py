@@ -97,6 +97,7 @@ class Share:
         """See status.snapshot."""
         return snapshot(
             self.agent, self.parts.info, self.gate.stats(), huge_pages=self.memory.huge_pages,
+            unknown_processes=self._watch.unknown if self._watch is not None else 0,
             now_ns=time.monotonic_ns(),
         )  # fmt: skip
 

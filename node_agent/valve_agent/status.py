@@ -41,7 +41,13 @@ def document(
 
 
 def snapshot(
-    agent: Agent, info: DeviceInfo, stats: GateStats, *, huge_pages: bool, now_ns: int
+    agent: Agent,
+    info: DeviceInfo,
+    stats: GateStats,
+    *,
+    huge_pages: bool,
+    unknown_processes: int,
+    now_ns: int,
 ) -> dict[str, Any]:
     """Of one device, JSON-ready. Sizes in bytes, times in seconds or microseconds as named."""
     pool, registry = agent.pool, agent.registry
@@ -112,6 +118,7 @@ def snapshot(
             "requests_harmed": pool.totals.requests_harmed,
             "in_flight": pool.reclaiming,
         },
+        "unknown_processes": unknown_processes,
         "killed": pool.totals.killed,
         "preempt_us": {
             "p50": _at(latency, 0.5), "p99": _at(latency, 0.99), "max": _at(latency, 1.0),

@@ -84,7 +84,7 @@ def gpu_of(document: Mapping[str, Any], recovery_s: float) -> dict[str, Any]:
         "free": format_quantity(max(0, slabs["free"]) * each),
         "reservation": format_quantity(slabs["reservation"] * each),
         "route": route.get("route", "agent"),  # the cpu device has one way: the agent stops processes
-        "routeReason": route.get("why", "")[:TEXT_MAX],
+        "routeReason": _why_not_stronger(route)[:TEXT_MAX],
         "paused": document["offline_paused"],
         "pausedReason": reason,
         "tenants": tenants[:TENANTS_MAX],
@@ -95,7 +95,17 @@ def gpu_of(document: Mapping[str, Any], recovery_s: float) -> dict[str, Any]:
         "preemptions": document["gate"]["samples"],
         "reclaims": document["reclaims"]["total"],
         "reclaimed": format_quantity(document["reclaims"]["bytes_in_use"]),
+        "unknownProcesses": document["unknown_processes"],
     }  # fmt: skip
+
+
+def _why_not_stronger(route: Mapping[str, Any]) -> str:
+    """`route`: of a snapshot; what it refuses stands in the order of strength."""
+    if route.get("route", "agent") == "agent":
+        return ""
+    if route["wanted"] != "auto":
+        return f"the policy asks for {route['wanted']}"
+    return "; ".join(f"{name}: {why}" for name, why in route["refused"].items())
 
 
 def paused_reason(document: Mapping[str, Any], recovery_s: float) -> str:

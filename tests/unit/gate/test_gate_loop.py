@@ -234,12 +234,12 @@ def test_what_cannot_be_paused_is_killed_and_the_event_says_why(
     set_busy(page, True)
     bench.ring()
     deadline = time.monotonic() + 10
-    while not sent and time.monotonic() < deadline:
+    while len(sent) < 3 and time.monotonic() < deadline:
         bench.turn()
+    assert len(sent) >= 3, "it is sent again as long as it is there"
     kills = [event for event in bench.events() if event["event"] == "kill"]
-    assert kills[0]["pid"] == 50
+    assert [event["pid"] for event in kills] == [50], "told once; 51 did as it was told"
     assert "could not be paused" in kills[0]["why"]
-    assert {event["pid"] for event in kills} == {50}, "51 did as it was told"
 
 
 def test_somebody_who_continues_a_paused_process_is_outdone(

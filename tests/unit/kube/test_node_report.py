@@ -29,7 +29,8 @@ def document(**changes: Any) -> dict[str, Any]:
         "slabs": {"bytes_each": 32 << 20, "total": 8, "free": 2, "reservation": 1},
         "preempt_us": {"p50": 120.4, "p99": 810.6, "max": 999.0, "samples": 9}, "gate": {"samples": 9},
         "reclaims": {"total": 3, "bytes_in_use": 64 << 20, "in_flight": False},
-        "route": {"route": "launch-gate", "why": "w" * 2000}, **changes,
+        "route": {"route": "launch-gate", "wanted": "auto", "refused": {"agent": "w" * 2000}},
+        "unknown_processes": 2, **changes,
     }  # fmt: skip
 
 
@@ -43,12 +44,31 @@ def test_what_is_reported_is_what_the_crd_takes() -> None:
     states = {tenant.name: (tenant.processes, tenant.busy) for tenant in one.tenants}
     assert states == {"serve/chat": (1, True), "batch/job": (1, False), "batch/new": (0, False)}
     assert str(one.free) == "64Mi"
+    assert one.unknown_processes == 2
+    assert one.route_reason.startswith("agent: www")
     assert (one.id, one.model, one.route, len(one.route_reason)) == (
         "GPU-1",
         "NVIDIA Fake GPU",
         "launch-gate",
         1024,
     )
+
+
+@pytest.mark.parametrize(
+    ("description", "route", "reason"),
+    [
+        ("a device with one way", None, ""),
+        ("the strongest", {"route": "agent", "wanted": "auto", "refused": {"patched": "no patch"}}, ""),
+        ("asked for", {"route": "launch-gate", "wanted": "launch-gate", "refused": {}},
+         "the policy asks for launch-gate"),
+        ("the others do not work",
+         {"route": "launch-gate", "wanted": "auto", "refused": {"agent": "0x1b", "patched": "0x23"}},
+         "agent: 0x1b; patched: 0x23"),
+    ],
+)  # fmt: skip
+def test_why_not_a_stronger_route(description: str, route: dict[str, Any] | None, reason: str) -> None:
+    gpu = gpu_of(document(route=route), 2.0)
+    assert (gpu["route"], gpu["routeReason"]) == ((route or {"route": "agent"})["route"], reason)
 
 
 @pytest.mark.parametrize(
