@@ -57,8 +57,9 @@ engines: runtime build/engines  ## tests: real vLLM and transformers engines on 
 	$(PY) -m pytest -m engines
 e2e: runtime build/engines cluster  ## tests: whole user stories
 	$(PY) -m pytest -m e2e
-gpu:  ## tests: qualification on a real GPU; PARTS=e1,e4 for some. Needs nvcc and python3, no environment
-	@if [ -e /dev/nvidiactl ]; then $(PYTHON) e2e/gpu/qualify.py --parts $(or $(PARTS),all) $(if $(SCALE),--scale $(SCALE)) $(GPU_ARGS); \
+gpu:  ## tests: qualification on a real GPU; PARTS=e1,e4 for some, WITHIN=570 seconds. Needs nvcc, python3
+	@if [ -e /dev/nvidiactl ]; then $(PYTHON) e2e/gpu/qualify.py --parts $(or $(PARTS),all) $(if $(SCALE),--scale $(SCALE)) \
+		$(if $(WITHIN),--within $(WITHIN)) $(GPU_ARGS); \
 	else echo "gpu lane: no /dev/nvidiactl on this machine, nothing to run"; fi
 
 clean:  ## remove what belongs to this checkout

@@ -17,6 +17,7 @@ import pytest
 from valve_cli.bench.rig import LiveAgent, LiveTenant
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.append(str(ROOT / "tests" / "fakenv"))
 SLABS = 96
 SLAB_BYTES = 2 << 20
 POLICY = f"""\

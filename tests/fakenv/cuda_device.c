@@ -197,10 +197,10 @@ static uint32_t context_build(struct context *ctx)
     rm_ioctl(cuda.uvm_fd, UVM_REGISTER_GPU, &gpu);
     space.vaspace = ctx->vaspace;
     rm_ioctl(cuda.uvm_fd, UVM_REGISTER_GPU_VASPACE, &space);
-    if ((status = group_make(ctx, NV2080_ENGINE_GRAPHICS, 0, COMPUTE_CHANNELS, &ctx->gr_tsg)))
+    if ((status = group_make(ctx, NV2080_ENGINE_GRAPHICS, 0, ctx->compute_channels, &ctx->gr_tsg)))
         return status;
     for (unsigned i = 0; !status && i < COPY_ENGINES; i++)
-        status = group_make(ctx, NV2080_ENGINE_COPY0 + i, COMPUTE_CHANNELS + i, 1, &ctx->ce_tsg[i]);
+        status = group_make(ctx, NV2080_ENGINE_COPY0 + i, FAKENV_COMPUTE_MAX + i, 1, &ctx->ce_tsg[i]);
     return status;
 }
 
@@ -210,8 +210,14 @@ static CUresult context_new(int gpu, struct context **out)
     struct context *ctx = calloc(1, sizeof *ctx);
     if (!ctx)
         return CUDA_ERROR_OUT_OF_MEMORY;
+    struct fakenv_query now;
+    if (rm_query(gpu, &now) != NV_OK) {
+        free(ctx);
+        return CUDA_ERROR_UNKNOWN;
+    }
     ctx->gpu = gpu;
     ctx->refs = 1;
+    ctx->compute_channels = now.compute_channels;
     ctx->device = next_device;
     next_device += 0x100;
     stream_init(&ctx->null_stream, ctx, 0);

@@ -54,7 +54,7 @@ typedef struct { CUmemLocation location; int flags; } CUmemAccessDesc;
 typedef struct { unsigned grid[3], block[3], shared; CUstream stream; void *attributes; unsigned count; } CUlaunchConfig;
 _Static_assert(sizeof(CUmemAllocationProp) == 32 && sizeof(CUmemAccessDesc) == 12, "public ABI");
 
-enum { COMPUTE_CHANNELS = 8, COPY_ENGINES = 2, CONTEXT_CHANNELS = COMPUTE_CHANNELS + COPY_ENGINES };
+enum { COPY_ENGINES = 2, CONTEXT_CHANNELS = FAKENV_COMPUTE_MAX + COPY_ENGINES };
 enum { GRANULARITY = 2 << 20, ATTACH_MAX = 16 };
 
 struct ring { unsigned slot; pthread_mutex_t lock; uint32_t handle; };
@@ -73,9 +73,9 @@ struct event { struct stream *stream; uint64_t value; uint64_t *stamp_ns; };
 struct context {
     int gpu, refs;
     uint32_t device, subdevice, vaspace, gr_tsg, ce_tsg[COPY_ENGINES];
-    struct ring ring[CONTEXT_CHANNELS];
+    struct ring ring[CONTEXT_CHANNELS]; /* compute from 0 on; copy from FAKENV_COMPUTE_MAX on */
     struct stream null_stream, *streams;
-    unsigned next_channel;
+    unsigned compute_channels, next_channel;
 };
 
 /* One process's view of the driver. */

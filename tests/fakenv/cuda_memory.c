@@ -10,7 +10,7 @@
 #include "cuda_fake.h"
 
 enum { MEMORYTYPE_HOST = 1, MEMORYTYPE_DEVICE = 2 };
-enum { COPY_IN = COMPUTE_CHANNELS, COPY_OUT = COMPUTE_CHANNELS + 1 };
+enum { COPY_IN = FAKENV_COMPUTE_MAX, COPY_OUT = FAKENV_COMPUTE_MAX + 1 };
 
 struct array_shape { size_t width, height; unsigned format, channels; };
 

@@ -110,7 +110,7 @@ API CUresult cuStreamCreateWithPriority(CUstream *stream, unsigned flags, int pr
     if (!s)
         return CUDA_ERROR_OUT_OF_MEMORY;
     pthread_mutex_lock(&cuda_lock);
-    stream_init(s, ctx, ++ctx->next_channel % COMPUTE_CHANNELS);
+    stream_init(s, ctx, ++ctx->next_channel % ctx->compute_channels);
     s->priority = priority;
     s->next = ctx->streams;
     ctx->streams = s;

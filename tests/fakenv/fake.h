@@ -37,7 +37,7 @@ struct range { /* of one UVM file: an external range, or a mapping inside one */
 struct engine { /* the GPU as one CUDA process sees it */
     int command_fd, shared_fd;
     struct fakenv_shared *shared;
-    uint64_t slots_used; /* bit per slot */
+    uint64_t slots_used[FAKENV_SLOTS / 64]; /* bit per slot */
     unsigned refs;       /* UVM file, channels */
     bool dead;           /* its process has gone */
     bool fault_seen;
@@ -107,6 +107,7 @@ struct machine {
     enum validate validate;
     enum evict evict;
     bool unmap_syncs;
+    unsigned compute_channels; /* of each context */
     struct rule rules[RULES];
     struct file *files;
     struct client *clients;

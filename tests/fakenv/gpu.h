@@ -18,7 +18,8 @@
 #include <stdatomic.h>
 #include <stdint.h>
 
-enum { FAKENV_SLOTS = 64, FAKENV_RING = 64, FAKENV_ARGS = 8 };
+enum { FAKENV_SLOTS = 512, FAKENV_RING = 64, FAKENV_ARGS = 8 };
+enum { FAKENV_COMPUTE = 8, FAKENV_COMPUTE_MAX = 256 }; /* channels of a context's compute group: usual, most */
 
 enum fakenv_run {
     RUN_EVICT = 0, /* stop at the next CTA, take nothing new */
@@ -81,7 +82,8 @@ struct fakenv_query { /* on any control file: what NVML and cuMemGetInfo need */
     uint64_t total_bytes, used_bytes;
     uint32_t process_count, xid;
     uint64_t xid_count;
-    uint32_t running, pad; /* channels with a kernel on the GPU right now */
+    uint32_t running;          /* channels with a kernel on the GPU right now */
+    uint32_t compute_channels; /* of a context that is made now */
     struct { uint32_t pid, pad; uint64_t used_bytes; } process[FAKENV_MAX_PROCESSES];
     char version[64], name[64], branch[8];
     uint8_t uuid[16];

@@ -180,7 +180,8 @@ static int run(char **command)
 static char **options(int argc, char **argv)
 {
     const char *version = NULL;
-    machine = (struct machine){.branch = branch_named("580"), .driver = true, .gpus = 1, .gpu_bytes = 1ull << 30};
+    machine = (struct machine){.branch = branch_named("580"), .driver = true, .gpus = 1, .gpu_bytes = 1ull << 30,
+                               .compute_channels = FAKENV_COMPUTE};
     int i = 2;
     for (; i < argc && strncmp(argv[i], "--", 2) == 0; i++) {
         const char *name = argv[i] + 2, *value = i + 1 < argc ? argv[i + 1] : "";
@@ -207,9 +208,12 @@ static char **options(int argc, char **argv)
             machine.gpus = (unsigned)atoi(value);
         else if (strcmp(name, "memory-mib") == 0)
             machine.gpu_bytes = strtoull(value, NULL, 0) << 20;
+        else if (strcmp(name, "compute-channels") == 0)
+            machine.compute_channels = (unsigned)atoi(value);
         else
             machine.branch = NULL;
-        if (!machine.branch || machine.gpus > FAKENV_MAX_GPUS) {
+        if (!machine.branch || machine.gpus > FAKENV_MAX_GPUS ||
+            machine.compute_channels - 1 >= FAKENV_COMPUTE_MAX) {
             fprintf(stderr, "fakenv: --%s %s is not understood\n", name, value);
             exit(125);
         }

@@ -173,6 +173,7 @@ static void query(const struct caller *caller, struct fakenv_query *q)
         return;
     gpu_uuid(gpu, q->uuid);
     q->lost = machine.lost[gpu];
+    q->compute_channels = machine.compute_channels;
     q->total_bytes = machine.gpu_bytes;
     q->used_bytes = machine.used_bytes[gpu];
     q->xid = machine.last_xid[gpu];

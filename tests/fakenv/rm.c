@@ -83,7 +83,7 @@ static void channel_free(struct channel *channel)
         atomic_store(&slot->abort, 1);
         atomic_fetch_add(&slot->bell, 1);
         syscall(SYS_futex, &slot->bell, FUTEX_WAKE, INT_MAX, NULL, NULL, 0);
-        channel->engine->slots_used &= ~(1ull << channel->token);
+        channel->engine->slots_used[channel->token / 64] &= ~(1ull << channel->token % 64);
     }
     channel_wait_evicted(channel);
     for (struct channel **at = &machine.channels; *at; at = &(*at)->next_all)
@@ -193,11 +193,14 @@ static uint32_t channel_new(struct client *client, struct object *o, struct obje
         ch->engine_type = ch->tsg->engine_type;
     }
     struct engine *engine = engine_of(client->pid);
-    if (engine && engine->slots_used != UINT64_MAX) {
-        ch->token = (unsigned)__builtin_ctzll(~engine->slots_used);
+    unsigned word = 0;
+    while (engine && word < FAKENV_SLOTS / 64 && engine->slots_used[word] == UINT64_MAX)
+        word++;
+    if (engine && word < FAKENV_SLOTS / 64) {
+        ch->token = 64 * word + (unsigned)__builtin_ctzll(~engine->slots_used[word]);
         ch->engine = engine;
         engine->refs++;
-        engine->slots_used |= 1ull << ch->token;
+        engine->slots_used[word] |= 1ull << ch->token % 64;
     }
     ch->next_all = machine.channels;
     machine.channels = ch;

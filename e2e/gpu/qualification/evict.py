@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import struct
 import time
+from collections.abc import Iterable
 
 from qualification.machine import Machine, Tools
 from qualification.processes import Actor, Watch
@@ -33,12 +34,13 @@ def e1(machine: Machine, tools: Tools, count: int) -> Found:
     """DISABLE_CHANNELS of all compute channels, nothing else, on a kernel that would run for minutes."""
     figures: dict[str, object] = {}
     moved = 0
-    for shape, grid, block in _shape(machine):
+    shapes = _shape(machine)
+    for at, (shape, grid, block) in enumerate(shapes):
         with Rig(machine, tools) as rig:
             victim, watch = rig.offline(), rig.watch()
             rig.run_timer(victim, watch, grid=grid, block=block)
             call_ns, last_ns, late_ns = [], [], []
-            for _ in range(count):
+            for _ in tools.clock.cycles(count, len(shapes) - at, shape):
                 began, ended = rig.pause(victim)
                 time.sleep(SETTLE_S)
                 settled, stands = watch.clock, watch.stands(0.005)
@@ -54,6 +56,7 @@ def e1(machine: Machine, tools: Tools, count: int) -> Found:
                 "from the call to the kernel's last store": spread(last_ns),
                 "last store after the call's return (negative: before)": spread(late_ns),
             }
+            tools.clock.keep(figures)
     figures["cycles in which the kernel moved after the call"] = moved
     if moved:
         return Found(
@@ -97,6 +100,7 @@ def e3(machine: Machine, tools: Tools, count: int) -> Found:
     """Cost of each commit step on an idle and on a busy victim, and of a call that does nothing."""
     figures: dict[str, object] = {}
     evicts: dict[str, bool] = {}
+    steps_left = 6
     for commit in (Commit.NONE, Commit.PREEMPT, Commit.RESTART):
         for load in ("idle", "busy"):
             with Rig(machine, tools, commit=commit) as rig:
@@ -108,9 +112,12 @@ def e3(machine: Machine, tools: Tools, count: int) -> Found:
                     victim.run("cu.launch('nop'); cu.synchronize()")
                 seen = watch if load == "busy" else None
                 try:
-                    figures[f"{commit.value}, {load}"] = _cycles(rig, victim, seen, count, evicts, commit)
+                    cycles = tools.clock.cycles(count, steps_left, f"{commit.value}, {load}")
+                    figures[f"{commit.value}, {load}"] = _cycles(rig, victim, seen, cycles, evicts, commit)
                 except DeviceError as error:  # a variant that does not work is an answer
                     figures[f"{commit.value}, {load}"] = {"refused": str(error)}
+            steps_left -= 1
+            tools.clock.keep(figures)
     with Rig(machine, tools) as rig:
         name = "round trip of a control that does nothing (TSG GET_INFO)"
         figures[name] = _round_trip(rig, rig.offline(), count)
@@ -122,11 +129,16 @@ def e3(machine: Machine, tools: Tools, count: int) -> Found:
 
 
 def _cycles(
-    rig: Rig, victim: Actor, watch: Watch | None, count: int, evicts: dict[str, bool], commit: Commit
+    rig: Rig,
+    victim: Actor,
+    watch: Watch | None,
+    cycles: Iterable[int],
+    evicts: dict[str, bool],
+    commit: Commit,
 ) -> dict[str, object]:
     pauses, resumes = [], []
     moved = 0
-    for cycle in range(count):
+    for cycle, _ in enumerate(cycles):
         began, ended = rig.pause(victim)
         pauses.append(ended - began)
         if watch and cycle < 20:

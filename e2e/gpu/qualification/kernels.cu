@@ -4,7 +4,12 @@
  * the fake driver's have, so that one program drives both.  Time is GPU time in slices of 20 us:
  * a slice that a pause falls into ends with it.
  */
+#ifdef __CUDACC_RTC__ /* NVRTC has no headers of the system */
+typedef unsigned int uint32_t;
+typedef unsigned long long uint64_t;
+#else
 #include <stdint.h>
+#endif
 
 #define SLICE_NS 20000u
 

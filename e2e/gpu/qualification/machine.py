@@ -7,17 +7,18 @@ Threading model: none. Callers: qualify.py, rig.py.
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import importlib.util
-import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 
-from qualification.record import Skip
+from qualification import nvrtc
+from qualification.record import Clock, Skip
 from valve_agent.devices.base import DeviceError
 from valve_agent.devices.nvidia import rm
 
@@ -25,6 +26,9 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[2]
 FAKE = "NVIDIA Fake GPU"
 FAKE_DEVICE = "fake"
+PART_S = 150.0
+COMPILE_S = 120.0
+NVCC = ("nvcc", "/usr/local/cuda/bin/nvcc", "/opt/cuda/bin/nvcc")
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,8 @@ class Machine:
     driver: str
     branch: rm.Branch
     kernel: str
+    assumed: str = ""
+    """a note where nobody has checked this driver's layouts and those of `branch` are tried"""
 
     @property
     def is_fake(self) -> bool:
@@ -52,24 +58,38 @@ class Tools:
 
     libvalve: Path
     observer: Path
+    tracer: Path
     online: Path
     kernels: str
     """compiled kernels; '' on the fake driver, which takes any image"""
+    clock: Clock = field(default_factory=lambda: Clock(PART_S))
 
 
 def this() -> Machine:
-    """Raises Skip where there is no driver, or one of an unknown branch."""
+    """Raises Skip where there is no driver. For a branch that Valve does not know the nearest older one's
+    layouts are tried: the driver refuses blocks of another size, and Valve itself takes no channel route."""
     try:
         version = rm.driver_version()
     except DeviceError as error:
         raise Skip(str(error)) from error
     if version is None:
         raise Skip("there is no NVIDIA driver on this machine: run on a GPU node, or under tests/fakenv")
-    branch = rm.branch_of(version)
+    branch, assumed = rm.branch_of(version), ""
     if branch is None:
-        raise Skip(f"driver {version} is of no branch that Valve knows ({', '.join(rm.BRANCHES)})")
+        branch = _nearest(version)
+        assumed = (
+            f"driver {version} is of no branch that Valve knows ({', '.join(rm.BRANCHES)}): the layouts of "
+            f"{branch.name} are assumed here, and Valve itself takes no channel route on this machine"
+        )
     name = gpu_name()
-    return Machine(FAKE_DEVICE if name == FAKE else name, version, branch, platform.release())
+    return Machine(FAKE_DEVICE if name == FAKE else name, version, branch, platform.release(), assumed)
+
+
+def _nearest(version: str) -> rm.Branch:
+    """The newest known branch that is not newer than this driver, else the oldest."""
+    number = int(version.partition(".")[0])
+    older = [branch for name, branch in rm.BRANCHES.items() if int(name) <= number]
+    return older[-1] if older else next(iter(rm.BRANCHES.values()))
 
 
 def gpu_name() -> str:
@@ -92,29 +112,81 @@ def capability() -> int:
     return parts[0].value * 10 + parts[1].value
 
 
+def cuda_version() -> int:
+    """13000 for a libcuda of CUDA 13.0."""
+    version = ctypes.c_int()
+    _libcuda().cuDriverGetVersion(ctypes.byref(version))
+    return version.value
+
+
 def build(machine: Machine, folder: Path) -> Tools:
     """Everything, into `folder`. Raises Skip naming the tool that is missing."""
     folder.mkdir(parents=True, exist_ok=True)
     bundle = _runtime_build()
+    # A newer compiler's warning must not cost the machine's time.
+    bundle.CFLAGS = (*bundle.CFLAGS, "-Wno-error")  # type: ignore[attr-defined]
     try:
         libvalve = bundle.build(folder / "runtime")
     except bundle.BuildError as error:
         raise Skip(str(error)) from error
     cc = bundle.compiler()
-    flags = ["-O2", "-std=gnu11", "-Wall", "-Wextra", "-Werror", "-pthread"]
+    flags = ["-O2", "-std=gnu11", "-Wall", "-Wextra", "-pthread"]
     observer, online = folder / "observer", folder / "online"
-    _run([cc, *flags, "-o", str(observer), str(HERE / "observer.c")])
+    _make([cc, *flags], [HERE / "observer.c"], observer)
+    tracer = folder / "tracer.so"
+    _make([cc, *flags, "-fPIC", "-shared"], [HERE / "tracer.c"], tracer, "-ldl")
     bench = ROOT / "cli" / "valve_cli" / "bench"
     include = ROOT / "runtime" / "native" / "include"
-    _run([cc, *flags, f"-I{bench}", f"-I{include}", "-o", str(online), str(bench / "online.c"), "-ldl"])
-    kernels = ""
-    if not machine.is_fake:
-        nvcc = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
-        if nvcc is None:
-            raise Skip("nvcc is missing: install the CUDA toolkit, or put it on PATH")
-        kernels = str(folder / "kernels.cubin")
-        _run([nvcc, "-cubin", f"-arch=sm_{capability()}", "-O2", "-o", kernels, str(HERE / "kernels.cu")])
-    return Tools(libvalve, observer, online, kernels)
+    headers = [bench / "cycle.h", *include.glob("*.h")]
+    _make([cc, *flags, f"-I{bench}", f"-I{include}"], [bench / "online.c"], online, "-ldl", headers=headers)
+    return Tools(libvalve, observer, tracer, online, "" if machine.is_fake else str(_kernels(folder)))
+
+
+def _kernels(folder: Path) -> Path:
+    """kernels.cu for the GPU at hand, by nvcc or else by NVRTC. Raises Skip with what each of them said."""
+    architecture = f"sm_{capability()}"
+    source, target = HERE / "kernels.cu", folder / f"kernels-{architecture}.cubin"
+    problems = []
+    nvcc = next(filter(None, map(shutil.which, NVCC)), None)
+    if nvcc is None:
+        problems.append("nvcc is missing: install the CUDA toolkit, or put it on PATH")
+    else:
+        try:
+            _make([nvcc, "-cubin", f"-arch={architecture}", "-O2"], [source], target)
+            return target
+        except Skip as problem:
+            problems.append(str(problem))
+    newest = cuda_version() // 1000
+    for library in nvrtc.find():
+        if nvrtc.major(library) > newest:
+            continue  # what it makes may be too new for this driver
+        try:
+            target.write_bytes(nvrtc.Nvrtc(library).compile(source, architecture)[0])
+            return target
+        except Skip as problem:
+            problems.append(str(problem))
+    raise Skip("the kernels cannot be compiled: " + "; ".join(problems))
+
+
+def _make(
+    command: list[str], sources: list[Path], target: Path, *libraries: str, headers: Sequence[Path] = ()
+) -> None:
+    """Nothing where this very command has already made the target from these sources. Raises Skip."""
+    words = [*command, "-o", str(target), *map(str, sources), *libraries]
+    state = hashlib.sha256("\0".join(words).encode())
+    for path in (*sources, *headers):
+        state.update(path.read_bytes())
+    stamp = target.with_name(target.name + ".from")
+    if target.exists() and stamp.exists() and stamp.read_text() == state.hexdigest():
+        return
+    stamp.unlink(missing_ok=True)
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=COMPILE_S, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise Skip(f"{' '.join(words)}: {error}") from error
+    if done.returncode:
+        raise Skip(f"{' '.join(words)} failed:\n{(done.stderr or done.stdout).strip()}")
+    stamp.write_text(state.hexdigest())
 
 
 def commit(environ: Mapping[str, str]) -> str:
@@ -141,18 +213,8 @@ def _runtime_build() -> ModuleType:
     return module
 
 
-def _run(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise Skip(f"{' '.join(command)} failed:\n{done.stderr.strip()}")
-
-
 def _libcuda() -> ctypes.CDLL:
     try:
         return ctypes.CDLL("libcuda.so.1")
     except OSError as error:
         raise Skip(f"{error}: install the driver's user-space libraries") from error
-
-
-def cores() -> int:
-    return len(os.sched_getaffinity(0))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 import struct
+from collections import Counter
 
 from qualification.machine import Machine, Tools
 from qualification.processes import Actor, Watch
@@ -131,7 +132,10 @@ def e15(machine: Machine, tools: Tools, count: int) -> Found:
     """Status of every control that Valve might use, on a victim's own objects, in its harmless form."""
     answers: dict[str, str] = {}
     with Rig(machine, tools) as rig:
+        calls = rig.traced()
+        tools.clock.keep({"calls of libcuda": calls})
         victim = rig.offline()
+        captured = Counter(f"engine {channel.engine}" for channel in rig.channels(victim))
         channel = next(channel for channel in rig.channels(victim) if channel.computes)
         fd = rig.control_file(victim, channel)
         client = rm.RmClient(fd, channel.client)
@@ -160,7 +164,13 @@ def e15(machine: Machine, tools: Tools, count: int) -> Found:
         answers["pidfd_getfd"] = _taken(victim.pid)
     refused = [name for name, answer in answers.items() if answer != "ok"]
     what = "every control answers" if not refused else f"refused: {', '.join(refused)}"
-    return Found("finding", what, {"answers": answers, "as root": os.geteuid() == 0})
+    figures = {
+        "answers": answers,
+        "as root": os.geteuid() == 0,
+        "channels captured": dict(captured),
+        "calls of libcuda": calls,
+    }
+    return Found("finding", what, figures)
 
 
 def _taken(pid: int) -> str:

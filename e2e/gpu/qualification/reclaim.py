@@ -11,12 +11,13 @@ Threading model: the part's main thread. Called by qualify.py.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from typing import Any
 
 from qualification.machine import Machine, Tools
 from qualification.record import Found, spread
 from qualification.remap import MIB, PATTERN, Below
-from qualification.rig import Rig
+from qualification.rig import BROKEN, Rig
 
 SLABS_MIB = (2, 32, 128)
 TOTALS_MIB = (1024, 4096, 16_384)
@@ -40,16 +41,33 @@ def reclaim(machine: Machine, tools: Tools, count: int) -> Found:
     """`count` times per size; ms per GiB is of the medians."""
     figures: dict[str, Any] = {}
     wrong = []
+    clock = tools.clock
     totals, slabs = (FAKE_TOTALS_MIB, FAKE_SLABS_MIB) if machine.is_fake else (TOTALS_MIB, SLABS_MIB)
+    steps_left = len(totals) * (len(slabs) + 1)
     for total in totals:
         for slab in slabs:
             name = f"{total} MiB in slabs of {slab} MiB"
-            figures[name], good = _valve(machine, tools, total, slab, count)
-            if not good:
-                wrong.append(name)
-        figures[f"{total} MiB, baseline: pages of 2 MiB by libcuda"] = _baseline(machine, tools, total, count)
+            cycles = clock.cycles(count, steps_left, name)
+            try:
+                figures[name], good = _valve(machine, tools, total, slab, cycles)
+                if not good:
+                    wrong.append(name)
+            except BROKEN as error:
+                figures[name] = {"broke": str(error)}
+            clock.keep(figures)
+            steps_left -= 1
+        name = f"{total} MiB, baseline: pages of 2 MiB by libcuda"
+        cycles = clock.cycles(max(1, count // 3), steps_left, name)
+        try:
+            figures[name] = _baseline(machine, tools, total, cycles)
+        except BROKEN as error:
+            figures[name] = {"broke": str(error)}
+        clock.keep(figures)
+        steps_left -= 1
     if wrong:
         return Found("fail", f"contents did not survive: {', '.join(wrong)}", figures)
+    if broken := [name for name, figure in figures.items() if "broke" in figure]:
+        return Found("fail", f"broke: {'; '.join(broken)}: see figures", figures)
     best = min(
         (figure["reclaim"]["ms_per_gib"], name) for name, figure in figures.items() if "baseline" not in name
     )
@@ -59,7 +77,7 @@ def reclaim(machine: Machine, tools: Tools, count: int) -> Found:
 
 
 def _valve(
-    machine: Machine, tools: Tools, total_mib: int, slab_mib: int, count: int
+    machine: Machine, tools: Tools, total_mib: int, slab_mib: int, cycles: Iterable[int]
 ) -> tuple[dict[str, Any], bool]:
     """(figures, whether every slab came back with its contents)"""
     sparse_calls = 0
@@ -73,7 +91,7 @@ def _valve(
         rig.resume(victim)
         victim.run(f"import ctypes; cu.fill(base, size * n, {PATTERN}); cu.synchronize(); spot = cu.alloc(8)")
         rig.run_timer(victim, watch)
-        for _ in range(count):
+        for _ in cycles:
             began, evicted = rig.quiesce(victim)
             evict_ns.append(evicted - began)
             began = time.monotonic_ns()
@@ -109,12 +127,12 @@ def _valve(
     }, good
 
 
-def _baseline(machine: Machine, tools: Tools, total_mib: int, count: int) -> dict[str, Any]:
+def _baseline(machine: Machine, tools: Tools, total_mib: int, cycles: Iterable[int]) -> dict[str, Any]:
     with Rig(machine, tools) as rig:
         alone = rig.bare()
         alone.run(BASELINE.format(pages=total_mib // 2))
         reclaim_ns, restore_ns = [], []
-        for _ in range(max(1, count // 3)):
+        for _ in cycles:
             reclaim_ns.append(alone.run("result = swap(lambda i: spare)"))
             restore_ns.append(alone.run("result = swap(lambda i: handles[i])"))
     return {"reclaim": _per_gib(reclaim_ns, total_mib), "restore": _per_gib(restore_ns, total_mib)}

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a part found, and the JSON document it becomes; percentiles.
+"""What a part found, and the JSON document it becomes; the time it may spend; percentiles.
 
-Threading model: values. Callers: every part, qualify.py.
+Threading model: values; a Clock belongs to the part's main thread. Callers: every part, qualify.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +30,38 @@ class Found:
 
 class Skip(Exception):
     """The part cannot be done here; the message says what is missing."""
+
+
+def _nowhere(figures: dict[str, Any]) -> None:
+    """Drafts are not kept."""
+
+
+class Clock:
+    """What a part may still spend, and where its figures go while it runs: a part that is cut short says less
+    and says so, and one that hangs leaves what it had."""
+
+    def __init__(self, seconds: float, keep: Callable[[dict[str, Any]], None] = _nowhere) -> None:
+        """`keep` stores figures as the draft of the result."""
+        self._until = time.monotonic() + seconds
+        self.keep = keep
+        self.notes: list[str] = []
+        """what was cut short"""
+
+    @property
+    def left_s(self) -> float:
+        return max(0.0, self._until - time.monotonic())
+
+    def cycles(self, count: int, steps_left: int, what: str, block: int = 1) -> Iterator[int]:
+        """Sizes of blocks that make `count`, as long as this step's share of the time is not spent: there are
+        `steps_left` of its kind, this one included. At least one block."""
+        until, done = time.monotonic() + self.left_s / steps_left, 0
+        while done < count:
+            if done and time.monotonic() > until:
+                self.notes.append(f"{what}: {done} of {count} cycles, for the part's time is limited")
+                return
+            size = min(block, count - done)
+            yield size
+            done += size
 
 
 def spread(values_ns: Sequence[float]) -> dict[str, float]:

@@ -62,6 +62,7 @@ def e8(machine: Machine, tools: Tools, count: int) -> Found:
                     "error": error,
                     **times,
                 }
+                tools.clock.keep(figures)
                 if not done:
                     blocked.append(case)
                 if error or not after:
@@ -178,6 +179,7 @@ def e9(machine: Machine, tools: Tools, count: int) -> Found:
                 **times, "load from sparse": read, "load after a store": stored,
                 "restored": restored == PATTERN,
             }  # fmt: skip
+            tools.clock.keep(figures)
             if read != 0 or restored != PATTERN:
                 problems.append(f"{size // MIB} MiB")
             below.close()
@@ -204,10 +206,10 @@ def e11(machine: Machine, tools: Tools, count: int) -> Found:
                 "def equal():\n"
                 f"    word = ({PATTERN}).to_bytes(4, 'little') * 1024\n"
                 "    view = memoryview((ctypes.c_char * n).from_address(h)).cast('B')\n"
-                "    return all(view[i:i + 4096] == word for i in range(0, n, 4096))"
+                "    return all(bytes(view[i:i + 4096]) == word for i in range(0, n, 4096))"
             )
             wrong = moved = 0
-            for _ in range(count):
+            for _ in tools.clock.cycles(count, 2 if extent == "compute paused" else 1, extent):
                 victim.run("ctypes.memset(h, 0, n); copy()")
                 (rig.quiesce if extent == "copy engines too" else rig.pause)(victim)
                 before = victim.run("result = ended()")

@@ -20,12 +20,13 @@ import subprocess
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
 from qualification.machine import Machine, Tools
-from qualification.processes import Actor, Online, RigError, Watch
+from qualification.processes import Actor, ActorError, Online, RigError, Watch
 from valve_agent import wire
 from valve_agent.devices.base import DeviceError
 from valve_agent.devices.nvidia.compute import GpuTarget, NvidiaCompute
@@ -37,6 +38,10 @@ from valve_agent.shared import Page
 
 LEASE_MS = 3_600_000
 SLAB_BYTES = 2 << 20
+BROKEN = (RigError, ActorError, GateError, DeviceError, OSError)
+"""What one case of a part may end with, so that the others still count."""
+EAGER = {"CUDA_MODULE_LOADING": "EAGER"}
+"""A kernel that libcuda loads at its first launch would wait for a paused GPU, and be in the figures."""
 
 
 class Rig:
@@ -56,7 +61,7 @@ class Rig:
         self.compute = NvidiaCompute([route])
         self.lock = threading.Lock()
         self.problems: list[str] = []
-        self._folder = tempfile.TemporaryDirectory(prefix="valve-gpu-", dir=_memory_folder())
+        self._folder = tempfile.TemporaryDirectory(prefix="valve-gpu-")
         self.folder = Path(self._folder.name)
         self._undo = contextlib.ExitStack()
         self._undo.callback(self._folder.cleanup)
@@ -79,8 +84,11 @@ class Rig:
         self.close()
 
     def close(self) -> None:
+        # A fake GPU must be at rest when its memory goes. What a death while paused leaves behind on a GPU
+        # is e12's question; the others end their processes as everybody does.
+        before_end = self.compute.quiesce if self.machine.is_fake else self.compute.resume
         with contextlib.suppress(DeviceError), self.lock:
-            self.compute.quiesce(list(self._targets.values()))  # nothing runs when its memory goes
+            before_end(list(self._targets.values()))
         try:
             self._undo.close()
         finally:
@@ -96,14 +104,29 @@ class Rig:
 
     def offline(self, cuda: bool = True) -> Actor:
         """A process under libvalve, known to the control. Its kernels may run."""
-        actor = self._add(Actor(self.environment("offline"), self.tools.kernels))
+        actor = self._add(Actor({**self.environment("offline"), **EAGER}, self.tools.kernels))
         self._wait(lambda: actor.pid in self._targets or self.gate is not None, "its libvalve to connect")
-        return actor.cuda() if cuda else actor
+        if cuda:
+            actor.cuda()
+        if cuda and not self.gate and not any(channel.computes for channel in self.channels(actor)):
+            raise RigError(
+                f"libvalve captured no compute channel of process {actor.pid} ({len(self.channels(actor))} "
+                "of any kind), so nothing of it can be paused; e15 says what libcuda called"
+            )
+        return actor
 
     def bare(self, cuda: bool = True, prefix: tuple[str, ...] = ()) -> Actor:
         """A process that Valve knows nothing of: a neighbour, a stranger."""
-        actor = self._add(Actor(dict(os.environ), self.tools.kernels, prefix))
+        actor = self._add(Actor({**os.environ, **EAGER}, self.tools.kernels, prefix))
         return actor.cuda() if cuda else actor
+
+    def traced(self) -> dict[str, int]:
+        """What libcuda asks of the driver until a kernel has run, and how often: see tracer.c."""
+        trace = self.folder / "trace"
+        preload = {"LD_PRELOAD": str(self.tools.tracer), "VALVE_TRACE": str(trace)}
+        actor = self._add(Actor({**os.environ, **EAGER, **preload}, self.tools.kernels)).cuda()
+        actor.run("cu.launch('nop'); cu.synchronize()")
+        return dict(sorted(Counter(trace.read_text().splitlines()).items())) if trace.exists() else {}
 
     def online(self, watch: Watch, hold_us: int = 1000, gap_us: int = 1000) -> Online:
         """An engine for `gate`; the victim's sign of life is `watch`."""
@@ -310,10 +333,6 @@ class _Link:
         self.socket = connection
         self.pid = 0
         self.page: Page | None = None
-
-
-def _memory_folder() -> str | None:
-    return "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 
 
 def stop_process(actor: Actor) -> None:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import functools
 import inspect
 import json
 import os
@@ -32,8 +31,9 @@ MODELS = {
     "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
              "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 512},
 }  # fmt: skip
-PROMPT_TOKENS, NEW_TOKENS = 256, 64
-BATCH = 64
+PROMPT_TOKENS = {"1b": 256, "tiny": 32}
+NEW_TOKENS = {"1b": 64, "tiny": 8}
+BATCH = {"1b": 64, "tiny": 4}
 BATCHING = {"page_size": 32, "block_size": 32, "num_blocks": 2048, "max_batch_tokens": 2048}
 """As far as this version of transformers knows the names."""
 
@@ -77,8 +77,7 @@ class Engine:
 
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         if priority and self.device == "cuda":
-            number = -1 if priority == "high" else 0
-            torch.cuda.Stream = functools.partial(torch.cuda.Stream, priority=number)
+            torch.cuda.Stream = _of_priority(torch.cuda.Stream, -1 if priority == "high" else 0)
         torch.manual_seed(0)
         config = LlamaConfig(max_position_embeddings=4096, eos_token_id=None, **MODELS[size])
         with torch.device(self.device):
@@ -88,6 +87,7 @@ class Engine:
             ).eval()  # fmt: skip
         self.parameters = sum(p.numel() for p in model.parameters())
         self.vocabulary = config.vocab_size
+        self.prompt_tokens, self.new_tokens, self.batch = PROMPT_TOKENS[size], NEW_TOKENS[size], BATCH[size]
         self._tenant = tenant
         known = inspect.signature(ContinuousBatchingConfig).parameters
         chosen = {name: value for name, value in BATCHING.items() if name in known}
@@ -95,7 +95,9 @@ class Engine:
             chosen.pop("block_size", None)  # its older name
         batching = ContinuousBatchingConfig(**chosen)
         self.manager = model.init_continuous_batching(
-            generation_config=GenerationConfig(do_sample=False, eos_token_id=-1, max_new_tokens=NEW_TOKENS),
+            generation_config=GenerationConfig(
+                do_sample=False, eos_token_id=-1, max_new_tokens=self.new_tokens
+            ),
             continuous_batching_config=batching,
         )
         self.manager.start()
@@ -107,10 +109,10 @@ class Engine:
         threading.Thread(target=self._collect, daemon=True).start()
 
     def send(self, draw: random.Random) -> None:
-        prompt = [draw.randrange(3, self.vocabulary) for _ in range(PROMPT_TOKENS)]
+        prompt = [draw.randrange(3, self.vocabulary) for _ in range(self.prompt_tokens)]
         self._tenant.arrive()
         now = time.monotonic()
-        request = self.manager.add_request(prompt, max_new_tokens=NEW_TOKENS, streaming=True)
+        request = self.manager.add_request(prompt, max_new_tokens=self.new_tokens, streaming=True)
         self.sent[request] = now
 
     def _collect(self) -> None:
@@ -141,6 +143,16 @@ class Engine:
             kept.clear()
 
 
+def _of_priority(base: Any, number: int) -> Any:
+    """A class of streams whose priority is this unless said otherwise."""
+
+    class Stream(base):  # type: ignore[misc]
+        def __new__(cls, device: Any = None, priority: int = number, **more: Any) -> Any:
+            return super().__new__(cls, device, priority, **more)
+
+    return Stream
+
+
 def online(engine: Engine, seconds: float, rate: float, draw: random.Random) -> dict[str, Any]:
     engine.forget()
     until = time.monotonic() + seconds
@@ -163,7 +175,7 @@ def online(engine: Engine, seconds: float, rate: float, draw: random.Random) -> 
 def offline(engine: Engine, seconds: float, draw: random.Random) -> dict[str, Any]:
     before, began = sum(engine.made.values()), time.monotonic()
     while time.monotonic() < began + seconds:
-        while engine.in_flight < BATCH:
+        while engine.in_flight < engine.batch:
             engine.send(draw)
         time.sleep(0.005)
     took = time.monotonic() - began

@@ -7,13 +7,14 @@ Threading model: the part's main thread. Called by qualify.py.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from typing import Any
 
 from qualification.evict import FULL_BLOCK, FULL_GRID
 from qualification.machine import Machine, Tools
 from qualification.processes import Actor, RigError, Watch
 from qualification.record import Found, spread
-from qualification.rig import Rig
+from qualification.rig import BROKEN, Rig
 from valve_agent.devices.nvidia import probe
 from valve_agent.devices.nvidia.routes import AGENT, IN_PROCESS, LAUNCH_GATE, PATCHED
 from valve_agent.gate_link import GateHandle, GateSettings
@@ -59,23 +60,35 @@ def _calm(neighbour: Actor | None) -> None:
 def e10(machine: Machine, tools: Tools, count: int) -> Found:
     """One DISABLE_CHANNELS per pause while a neighbour holds the driver's locks."""
     figures: dict[str, Any] = {}
-    for what in NEIGHBOURS:
-        with Rig(machine, tools) as rig:
-            victim, watch = rig.offline(), rig.watch(observed=False)
-            grid, block = (1, 1) if machine.is_fake else (FULL_GRID, FULL_BLOCK)
-            rig.run_timer(victim, watch, grid=grid, block=block)
-            neighbour = _disturb(machine, tools, rig, what)
-            pauses, resumes = [], []
-            for _ in range(count):
-                began, ended = rig.pause(victim)
-                pauses.append(ended - began)
-                began, ended = rig.resume(victim)
-                resumes.append(ended - began)
-                time.sleep(0.001)
-            _calm(neighbour)
-            figures[f"neighbour: {what}"] = {"pause": spread(pauses), "resume": spread(resumes)}
+    for at, what in enumerate(NEIGHBOURS):
+        name = f"neighbour: {what}"
+        try:
+            cycles = tools.clock.cycles(count, len(NEIGHBOURS) - at, name)
+            figures[name] = _pauses(machine, tools, what, cycles)
+        except BROKEN as error:
+            figures[name] = {"broke": str(error)}
+        tools.clock.keep(figures)
+    if broken := [name for name, figure in figures.items() if "broke" in figure]:
+        return Found("fail", f"broke: {'; '.join(broken)}: see figures", figures)
     worst = max(figure["pause"]["max_us"] for figure in figures.values())
     return Found("finding", f"the longest pause beside an allocating neighbour took {worst:.0f} us", figures)
+
+
+def _pauses(machine: Machine, tools: Tools, what: str, cycles: Iterable[int]) -> dict[str, Any]:
+    with Rig(machine, tools) as rig:
+        victim, watch = rig.offline(), rig.watch(observed=False)
+        grid, block = (1, 1) if machine.is_fake else (FULL_GRID, FULL_BLOCK)
+        rig.run_timer(victim, watch, grid=grid, block=block)
+        neighbour = _disturb(machine, tools, rig, what)
+        pauses, resumes = [], []
+        for _ in cycles:
+            began, ended = rig.pause(victim)
+            pauses.append(ended - began)
+            began, ended = rig.resume(victim)
+            resumes.append(ended - began)
+            time.sleep(0.001)
+        _calm(neighbour)
+    return {"pause": spread(pauses), "resume": spread(resumes)}
 
 
 def preempt(machine: Machine, tools: Tools, count: int) -> Found:
@@ -85,15 +98,24 @@ def preempt(machine: Machine, tools: Tools, count: int) -> Found:
     moved = 0
     verdicts = {verdict.route: verdict for verdict in probe.probe(machine.driver)}
     notes = [f"{route}: {verdicts[route].why}" for route in ROUTES if not verdicts[route].works]
-    for route in (route for route in ROUTES if verdicts[route].works):
-        for what in ("none", "churn"):
-            figures[f"{route}, neighbour: {what}"] = cycles = _preempt(machine, tools, route, what, count)
+    cases = [(route, what) for route in ROUTES if verdicts[route].works for what in ("none", "churn")]
+    for at, (route, what) in enumerate(cases):
+        name = f"{route}, neighbour: {what}"
+        blocks = tools.clock.cycles(count, len(cases) - at, name, BLOCK)
+        try:
+            figures[name] = cycles = _preempt(machine, tools, route, what, blocks)
             moved += cycles["moved while said to be paused"]
+        except BROKEN as error:  # the other cases still count
+            figures[name] = {"broke": str(error)}
+        tools.clock.keep(figures)
+    broken = [name for name, figure in figures.items() if "broke" in figure]
     if not figures:
         return Found("fail", "no route works: see notes", figures, notes)
     if moved:
         answer = f"in {moved} cycles the victim moved while the gate said that it was paused"
         return Found("fail", answer, figures, notes)
+    if broken:
+        return Found("fail", f"broke: {'; '.join(broken)}: see figures", figures, notes)
     p99 = max(
         (
             figure["signal to evicted"]["p99_us"]
@@ -108,7 +130,7 @@ def preempt(machine: Machine, tools: Tools, count: int) -> Found:
     return Found(verdict, answer, figures, notes)
 
 
-def _preempt(machine: Machine, tools: Tools, route: str, what: str, count: int) -> dict[str, Any]:
+def _preempt(machine: Machine, tools: Tools, route: str, what: str, blocks: Iterable[int]) -> dict[str, Any]:
     settings = GateSettings(
         cooldown_factor=0, cooldown_min_ns=0, recovery_grace_ns=0, lease_ns=60_000_000_000
     )
@@ -126,9 +148,10 @@ def _preempt(machine: Machine, tools: Tools, route: str, what: str, count: int) 
             time.sleep(0.1)
             gate.read_events()  # its first request made it connect: not one of ours
             pauses: list[dict[str, Any]] = []
-            moved = 0
-            for at in range(0, count, BLOCK):
-                moved += online.cycles(min(BLOCK, count - at))
+            moved = count = 0
+            for block in blocks:
+                moved += online.cycles(block)
+                count += block
                 events = gate.read_events()
                 pauses += [e for e in events if e["event"] == "pause" and e["reason"] == "busy"]
             _calm(neighbour)

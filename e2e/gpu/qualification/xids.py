@@ -13,6 +13,9 @@ from types import TracebackType
 
 _XID = 0x8
 _TIMEOUT = 10
+KILLED = 45
+"""Preemptive channel removal: what the driver says when a process is killed while its kernels run, as every
+victim here is. Reported, and no failure; what harms a channel has another number."""
 SETTLE_MS = 200
 MOST_S = 2.0
 

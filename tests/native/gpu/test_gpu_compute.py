@@ -111,6 +111,48 @@ def test_a_pause_takes_compute_and_a_hold_takes_all(
     assert advances(it.captured.actor)
 
 
+@pytest.mark.parametrize("route", ["agent", "in-process"])
+def test_more_channels_than_one_call_holds(new_controlled: NewControlled, route: str) -> None:
+    """200 in one group on one subdevice: kernels of all four blocks of 64 stop, and each block comes back."""
+    it = new_controlled(f"{route}/none", compute_channels="200")
+    it.captured.run("""
+        streams = [cu.stream() for _ in range(199)]  # stream k issues on channel k + 1
+        clocks = [cu.host(4096) for _ in range(4)]
+        for clock, channel in zip(clocks, (1, 70, 135, 199), strict=True):
+            cu.launch('timer_writer', clock, 60_000_000, stream=streams[channel - 1])
+        def stamps(): return [cu.read64(clock) for clock in clocks]
+        """)
+
+    def moving() -> list[bool]:
+        before = it.captured.actor.run("result = stamps()")
+        time.sleep(0.05)
+        after = it.captured.actor.run("result = stamps()")
+        return [a != b for a, b in zip(before, after, strict=True)]
+
+    def all_move() -> bool:
+        until = time.monotonic() + 20
+        while not all(moving()):
+            if time.monotonic() > until:
+                return False
+        return True
+
+    def insist(what: str) -> None:
+        """As the gate does: four kernels keep the helper from a core at times."""
+        until = time.monotonic() + 20
+        while (said := it.call(what)) is not None:
+            assert time.monotonic() < until, said
+
+    assert all_move()
+    insist("pause")
+    assert it.disabled() == [1] * 200
+    assert moving() == [False] * 4, "no kernel in any block moves: the pause is proven by the kernels' stamps"
+    insist("quiesce")
+    assert it.disabled() == [1] * 200 + [9, 10]
+    insist("resume")
+    assert it.disabled() == []
+    assert all_move()
+
+
 def test_a_pause_in_force_costs_no_call(new_controlled: NewControlled) -> None:
     it = new_controlled()
     assert it.call("pause") is None

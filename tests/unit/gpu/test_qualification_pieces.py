@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from qualification import machine, serving
+from qualification import machine, nvrtc, serving
 from qualification.parts import PARTS
-from qualification.record import spread
+from qualification.record import Clock, spread
 
 from valve_agent.devices.nvidia import rm
 
@@ -58,6 +58,36 @@ def test_spread(values: Any, expected: dict[str, float]) -> None:
     assert spread(list(values)) == expected
 
 
+def test_cycles_end_with_their_share_of_the_time() -> None:
+    whole = Clock(1e6)
+    assert list(whole.cycles(250, 2, "all of them", block=100)) == [100, 100, 50]
+    assert whole.notes == []
+    spent = Clock(0)
+    assert list(spent.cycles(250, 1, "pauses", block=100)) == [100], "one block in any case"
+    assert spent.notes == ["pauses: 100 of 250 cycles, for the part's time is limited"]
+    assert list(spent.cycles(1, 1, "one")) == [1]
+    assert len(spent.notes) == 1, "what is whole has no note"
+
+
+@pytest.mark.parametrize(
+    ("version", "branch"),
+    [("525.60.13", "535"), ("565.57.01", "550"), ("575.51.03", "570"), ("610.43.02", "595")],
+)
+def test_the_layouts_of_an_unknown_driver(version: str, branch: str) -> None:
+    assert rm.branch_of(version) is None
+    assert machine._nearest(version).name == branch
+
+
+def test_compilers_are_found_in_packages_the_newest_first(tmp_path: Path) -> None:
+    places = ("nvidia/cuda_nvrtc/lib/libnvrtc.so.12", "nvidia/cu13/lib/libnvrtc.so.13")
+    for place in (*places, "nvidia/cu13/lib/libnvrtc-builtins.so.13.0"):
+        (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / place).touch()
+    found = [library for library in nvrtc.find([str(tmp_path)]) if tmp_path in library.parents]
+    assert found == [tmp_path / places[1], tmp_path / places[0]]
+    assert [nvrtc.major(library) for library in found] == [13, 12]
+
+
 @pytest.mark.parametrize(
     ("name", "slug"),
     [
@@ -78,6 +108,7 @@ def phase(ttft: float, tpot: float, tokens: float, errors: tuple[str, ...] = ())
     return {
         "online": {"ttft_ms": spread_of(ttft), "tpot_ms": spread_of(tpot), "errors": list(errors)},
         "offline": {"tokens_per_s": tokens, "errors": []},
+        "pauses": 3,
     }
 
 
@@ -99,8 +130,9 @@ def test_serving_reports_ratios_to_alone() -> None:
     [
         ({"alone": phase(10, 2, 1000)}, "every route of Valve"),
         ({"alone": phase(10, 2, 1000), "agent": phase(10, 2, 1, ("out of memory",))}, "agent: online"),
+        ({"alone": phase(10, 2, 1000), "agent": phase(10, 2, 1) | {"pauses": 0}}, "no pause came by agent"),
     ],
-    ids=["no route ran", "an engine had errors"],
+    ids=["no route ran", "an engine had errors", "online was never seen busy"],
 )
 def test_serving_fails(figures: dict[str, Any], says: str) -> None:
     found = serving._judge({"model": {}, **figures}, [])
