@@ -6,8 +6,8 @@ nothing is searched or loaded here. In a process without it `load()` returns a V
 ROLE_NONE and whose calls do nothing, so that engine plugins need no second code path.
 
 Threading model: every method may be called from any thread; the ledger's methods belong to one thread.
-Calls are short and keep the interpreter lock, except `attach` and `arena_open`, which may wait and
-release it. Callers: the engine plugins beside this file, tests.
+Calls are short and keep the interpreter lock, except `attach`, `arena_open` and `place`, which may wait
+and release it. Callers: the engine plugins beside this file, tests.
 
     ValveError
     └── ArenaDenied        no arena: the message is the agent's sentence, or says that it did not answer
@@ -21,6 +21,7 @@ from functools import cache
 from typing import Any
 
 ROLE_NONE, ROLE_ONLINE, ROLE_OFFLINE = 0, 1, 2
+DEVICES = {1: "cpu", 2: "nvidia"}
 GRANTED, LOST = 1, 2
 COUNT_REQUESTS, COUNT_TOKENS, COUNT_RECOMPUTED, COUNT_LOST_BLOCKS, COUNT_RECOMPUTED_TOKENS = range(5)
 
@@ -54,6 +55,7 @@ _U32, _U64, _INT = ctypes.c_uint32, ctypes.c_uint64, ctypes.c_int
 _QUICK: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "valve_version": (ctypes.c_char_p, ()),
     "valve_role": (_INT, ()),
+    "valve_device": (_INT, ()),
     "valve_connected": (_INT, ()),
     "valve_last_error": (ctypes.c_char_p, ()),
     "valve_busy": (None, ()),
@@ -74,6 +76,8 @@ _WAITING: dict[str, tuple[Any, tuple[Any, ...]]] = {
         ctypes.c_void_p,
         (_U64, _INT, ctypes.POINTER(_U64), ctypes.POINTER(_U32)),
     ),
+    "valve_torch_alloc": (ctypes.c_void_p, (ctypes.c_ssize_t, _INT, ctypes.c_void_p)),
+    "valve_torch_free": (None, (ctypes.c_void_p, ctypes.c_ssize_t, _INT, ctypes.c_void_p)),
 }
 
 
@@ -92,6 +96,7 @@ class Valve:
 
     _version: Any
     _role: Any
+    _device: Any
     _connected: Any
     _last_error: Any
     _attach: Any
@@ -102,6 +107,8 @@ class Valve:
     _return: Any
     _poll: Any
     _arena_open: Any
+    _torch_alloc: Any
+    _torch_free: Any
     _ledger_begin: Any
     _ledger_request: Any
     _ledger_own: Any
@@ -120,6 +127,10 @@ class Valve:
     def role(self) -> int:
         """ROLE_NONE in a process that is no tenant."""
         return int(self._role())
+
+    def device(self) -> str:
+        """The device that this process's agent serves, "cpu" or "nvidia"; "" before an agent answered."""
+        return DEVICES.get(int(self._device()), "")
 
     def connected(self) -> bool:
         return bool(self._connected())
@@ -152,6 +163,19 @@ class Valve:
                 self.last_error() or "this process is no Valve tenant: start it with `valve run`"
             )
         return Arena(int(base), slab_bytes.value, slabs.value)
+
+    def place(self, nbytes: int) -> int:
+        """The address of `nbytes` of the arena, from a slab's start on, that nobody else in this process
+        will be given; the first ones lie at the arena's base. Nothing is written there and nothing
+        granted. Raises ArenaDenied."""
+        at = self._torch_alloc(nbytes, 0, None)
+        if not at:
+            raise ArenaDenied(self.last_error() or f"the arena has no room for {nbytes} bytes in one piece")
+        return int(at)
+
+    def unplace(self, address: int, nbytes: int) -> None:
+        """Let others have what `place` gave."""
+        self._torch_free(address, nbytes, 0, None)
 
     def want(self, total_slabs: int, urgent: bool) -> None:
         """Say how many slabs this process would use in all. Grants come as events."""

@@ -56,8 +56,14 @@ class Geometry:
     def scattered(self) -> bool:
         """True where one block needs slabs from all over the arena (layer-outermost layouts):
         a part of the arena is then worth next to nothing."""
-        first = self.slabs_of[0] if self.slabs_of else ()
-        return bool(first) and first[-1] - first[0] + 1 != len(first)
+        if not self.slabs_of:
+            return False
+        first, last = self.slabs_of[0], self.slabs_of[-1]
+        if first and first[-1] - first[0] + 1 != len(first):
+            return True
+        # Layers smaller than a slab leave no gaps: then the first block and the last share most slabs.
+        shared = len(set(first) & set(last))
+        return self.blocks > 1 and self.slabs_used > 1 and 2 * shared > max(len(first), len(last))
 
     def slabs_for(self, blocks: int) -> int:
         """Slabs that carry at least ``blocks`` blocks when they are granted from the front."""

@@ -1,18 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lets an engine on a GPU allocate tensors in the arena: a torch MemPool over libvalve's allocator.
+"""Lets a program on a GPU allocate tensors in the arena: a torch MemPool over libvalve's allocator.
 
-Why it exists: on a GPU an engine's KV cache must lie where the agent can grant and reclaim it. torch asks a
-pluggable allocator for large pieces and keeps them, which is what a KV cache is; everything that is allocated
-outside of `in_arena` goes the usual way.
+Why it exists: for programs that are none of the engines with a plugin. (The plugins take one tensor over
+the whole arena instead; `torch_arena` says why.) torch asks a pluggable allocator for large pieces and keeps
+them; everything that is allocated outside of `in_arena` goes the usual way.
 
-Threading: the thread that allocates the cache. torch is imported when needed, never before. Not yet tried on
-a GPU: on the fake driver there is no torch.
+What the caller must know:
+* nothing may be written where nothing is granted: make tensors with `torch.empty`, not `torch.zeros`. A slab
+  that is granted reads as zeros.
+* torch asks for whole multiples of 2 MiB and, for a small tensor, for 20 MiB that several share. Pieces start
+  at slabs. A torch that can be told not to split a piece (`no_split`) is told, so that a freed one is not
+  handed out in parts; with an older one only tensors of one size may be freed and made again.
+* leave `expandable_segments` off (PYTORCH_CUDA_ALLOC_CONF): several versions of torch refuse pools with it.
+
+Threading: the thread that allocates. torch is imported when needed, never before. Not yet tried on a GPU:
+with a real torch only as far as it goes without one.
 
     PoolUnsupported    this process has no libvalve, or this torch no memory pools
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -42,8 +51,10 @@ def pool() -> Any:
 
     if not hasattr(torch.cuda, "MemPool"):
         raise PoolUnsupported(f"torch {torch.__version__} has no torch.cuda.MemPool: use torch 2.5 or later")
-    allocator = torch.cuda.memory.CUDAPluggableAllocator(library(), ALLOCATE, FREE)
-    return torch.cuda.MemPool(allocator.allocator())
+    allocator = torch.cuda.memory.CUDAPluggableAllocator(library(), ALLOCATE, FREE).allocator()
+    if "no_split" in inspect.signature(torch.cuda.MemPool).parameters:
+        return torch.cuda.MemPool(allocator, no_split=True)
+    return torch.cuda.MemPool(allocator)
 
 
 @contextmanager

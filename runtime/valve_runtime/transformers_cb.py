@@ -7,6 +7,10 @@ are gone". The cache of transformers 5.19 is one tensor of *sectors*; with full 
 case supported here) a sector is one KV block of all layers in one piece, and the first two are
 never handed out (read trash and write trash).
 
+On a GPU transformers prepares and launches batch N+1 before it reads the outputs of batch N, and a reclaim
+does not stop this process, only its channels. A slab is marked lost before it is taken, so whoever reads
+outputs first and drains afterwards knows of every loss that they can have met: that is the order here.
+
 Threading: the manager's generation thread, except ``add_request`` (any thread).
 """
 
@@ -17,7 +21,8 @@ import inspect
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from valve_runtime import _lib
@@ -29,21 +34,26 @@ from valve_runtime.elastic import (
     COUNT_RECOMPUTED_TOKENS,
     COUNT_REQUESTS,
     COUNT_TOKENS,
+    ArenaRefused,
     DecodeGap,
     Demand,
     DemandSettings,
     ElasticPool,
     EngineUnsupported,
     Ledger,
+    RuntimeFault,
     await_pinned,
     drain_events,
 )
 from valve_runtime.torch_arena import on_arena
+from valve_runtime.torch_device import current, mismatch
 
 logger = logging.getLogger("valve.transformers")
 
 TRASH = (0, 1)
 VERSIONS = ((5, 19),)
+VOID = "valve_lost_blocks"
+"""Attribute of a request state whose outputs, of every batch that is in flight, must not be believed."""
 
 
 def install() -> bool:
@@ -109,19 +119,60 @@ class Adapter:
         self._tenant: CacheTenant | None = None
 
     def make_cache(self, original: Callable[..., None], cache: Any, *args: Any, **kwargs: Any) -> None:
-        """The cache's one tensor on the arena, as large as the tenant's limit."""
-        from transformers.generation.continuous_batching.cache import FullAttentionCacheAllocator
-        from transformers.generation.continuous_batching.utils import find_head_dim, find_num_key_value_heads
+        """The cache's one tensor on the arena, as large as the tenant's limit. An online process without an
+        arena goes on with a static cache."""
+        import torch
 
         asked = inspect.signature(original).bind(cache, *args, **kwargs).arguments
         config, batching, dtype = asked["config"], asked["continuous_batching_config"], asked["dtype"]
-        arena = self._valve.arena_open(0, 10_000)
+        device, was = torch.device(asked["device"]), batching.num_blocks
+        try:
+            arena = self._open_arena(device)
+            batching.num_blocks = self._blocks(arena, config, batching, dtype, device)
+            with _arena_counts(arena.nbytes if device.type == "cuda" else 0), on_arena(self._valve, arena):
+                original(cache, *args, **kwargs)
+            self._pool = self._pool_over(arena, cache)
+            await_pinned(self._valve, self._pool, self._settings)
+        except (RuntimeFault, _lib.ValveError) as refused:
+            if not self._settings.urgent:
+                raise
+            logger.error("valve: no arena (%s): the KV cache stays static and is not shared", refused)
+            self._pool, batching.num_blocks = None, was
+            original(cache, *args, **kwargs)
+
+    def _open_arena(self, device: Any) -> Any:
+        timeout_ms = 3_000 if self._settings.urgent else 30_000
+        if not self._valve.attach(timeout_ms):
+            raise ArenaRefused("the agent does not answer; is `valve agent` running?")
+        why_not = mismatch(self._valve.device(), device.type)
+        if why_not:
+            raise EngineUnsupported(why_not)
+        with current(device):
+            return self._valve.arena_open(0, timeout_ms)
+
+    def _blocks(self, arena: Any, config: Any, batching: Any, dtype: Any, device: Any) -> int:
+        """How many blocks the cache is planned with: as many as the tenant may ever hold."""
+        from transformers.generation.continuous_batching.cache import FullAttentionCacheAllocator
+        from transformers.generation.continuous_batching.utils import find_head_dim, find_num_key_value_heads
+
         block_bytes = config.num_hidden_layers * FullAttentionCacheAllocator.get_bytes_per_page(
             find_num_key_value_heads(config), find_head_dim(config), dtype, batching.page_size
         )
-        batching.num_blocks = arena.nbytes // block_bytes - len(TRASH)
-        with on_arena(arena):
-            original(cache, *args, **kwargs)
+        most = arena.nbytes
+        if device.type == "cuda" and not self._settings.urgent:
+            import torch
+
+            # An offline tenant's limit counts weights and activations too; the share is transformers' own.
+            most = int((most - torch.cuda.memory_reserved(device)) * batching.max_memory_percent)
+        blocks: int = most // block_bytes - len(TRASH)
+        if blocks < 1:
+            raise EngineUnsupported(
+                f"what the model takes leaves no room for a KV cache in the {arena.nbytes >> 20} MiB that "
+                "this tenant may have: raise valve.io/gpu-memory (`valve run --memory`)"
+            )
+        return blocks
+
+    def _pool_over(self, arena: Any, cache: Any) -> ElasticPool:
         allocators = list(cache.cache_allocators.values())
         if len(allocators) != 1 or allocators[0].blocks_per_sector != 1:
             raise EngineUnsupported(
@@ -130,15 +181,15 @@ class Adapter:
             )
         region = geo.Region(0, 1, 0, cache.bytes_per_sector, cache.bytes_per_sector)
         blocks = geo.build([region], cache.num_sectors + len(TRASH), arena.slab_bytes, arena.slabs)
-        self._pool = ElasticPool(blocks, pinned=TRASH)
-        await_pinned(self._valve, self._pool, self._settings)
+        return ElasticPool(blocks, pinned=TRASH)
 
     def make_processor(
         self, original: Callable[..., None], processor: Any, *args: Any, **kwargs: Any
     ) -> None:
         original(processor, *args, **kwargs)
-        assert self._pool is not None
-        self._tenant = CacheTenant(self._valve, self._pool, self._settings, processor)
+        self._tenant = None
+        if self._pool is not None:
+            self._tenant = CacheTenant(self._valve, self._pool, self._settings, processor)
 
     def add_request(self, original: Callable[..., Any], manager: Any, *args: Any, **kwargs: Any) -> Any:
         self._adding += 1
@@ -152,21 +203,20 @@ class Adapter:
 
     def prepare_next_batch(self, original: Callable[..., bool], processor: Any) -> bool:
         tenant = self._tenant
-        assert tenant is not None
-        tenant.drain()
-        tenant.ask()
+        if tenant is not None:
+            tenant.drain()
+            tenant.ask()
         prepared = original(processor)
-        tenant.publish()
+        if tenant is not None:
+            tenant.publish()
         if not prepared:
             self._settle(processor)
         return prepared
 
     def update_batch(self, original: Callable[..., None], processor: Any) -> None:
-        tenant = self._tenant
-        assert tenant is not None
-        tenant.drain()
         original(processor)
-        self._valve.count(COUNT_TOKENS, tenant.accepted)
+        if self._tenant is not None:
+            self._valve.count(COUNT_TOKENS, self._tenant.accepted)
         self._gap.iteration(time.monotonic())
         self._settle(processor)
 
@@ -179,6 +229,24 @@ class Adapter:
         self._activity.settle(present, self._gap.longest_ns(time.monotonic()))
         if not self._activity.busy:
             self._gap.rest()
+
+
+@contextmanager
+def _arena_counts(nbytes: int) -> Iterator[None]:
+    """Let transformers' check of its plan against the GPU's free memory know of `nbytes` in the arena: what
+    the agent lends out is not free, and what the tenant was not granted yet is not used."""
+    from transformers.generation.continuous_batching.cache import PagedAttentionMemoryHandler
+
+    original = PagedAttentionMemoryHandler.get_available_memory
+
+    def available(handler: Any) -> int:
+        return int(original(handler)) + nbytes
+
+    PagedAttentionMemoryHandler.get_available_memory = available
+    try:
+        yield
+    finally:
+        PagedAttentionMemoryHandler.get_available_memory = original
 
 
 class CacheTenant:
@@ -194,15 +262,15 @@ class CacheTenant:
         self._demand = Demand(valve, pool, settings)
         self._ledger = Ledger(valve, pool)
         self._withdrawn: set[int] = set()
-        self._dropped: set[int] = set()  # id() of request states whose output must not be believed
         self._asked_at = 0.0
         self.accepted = 0
         self._scheduler.safety_margin = 0.0  # a share of the whole cache, most of which may be away
-        self._hook_instances(processor)
+        self._io: Any = processor.inputs_and_outputs
+        self._hook_instances()
         self._withdraw(b for b in range(pool.geometry.blocks) if not pool.is_usable(b))
 
-    def _hook_instances(self, processor: Any) -> None:
-        schedule, io = self._scheduler.schedule_batch, processor.inputs_and_outputs
+    def _hook_instances(self) -> None:
+        schedule, io = self._scheduler.schedule_batch, self._io
         update = io.prepare_batch_update
 
         def schedule_batch(*args: Any, **kwargs: Any) -> Any:
@@ -214,17 +282,18 @@ class CacheTenant:
             return batch
 
         def prepare_batch_update() -> Any:
-            requests, tokens, logprobs = update()
+            requests, tokens, logprobs = update()  # waits for the batch: what it met is marked by now
+            self.drain()
             return self._believed(requests, tokens, logprobs)
 
         self._scheduler.schedule_batch = schedule_batch
         io.prepare_batch_update = prepare_batch_update
 
     def _believed(self, requests: Any, tokens: Any, logprobs: Any) -> Any:
-        """A step's outputs without those of requests that lost blocks during the step."""
+        """A step's outputs without those of requests that lost blocks while it was in flight."""
         kept, kept_tokens, kept_logprobs, at = [], [], [], 0
         for future in requests:
-            believed = id(future.state) not in self._dropped
+            believed = not hasattr(future.state, VOID)
             if future.has_new_token:
                 if believed:
                     kept_tokens.append(tokens[at])
@@ -233,7 +302,6 @@ class CacheTenant:
                 at += 1
             if believed:
                 kept.append(future)
-        self._dropped.clear()
         self.accepted = len(kept_tokens)
         return kept, kept_tokens, kept_logprobs if logprobs is not None else None
 
@@ -264,7 +332,8 @@ class CacheTenant:
         for state in reversed(victims):
             tokens += state.position_offset
             again = state.create_equivalent_initial_request()
-            self._dropped.add(id(state))
+            setattr(state, VOID, True)
+            self._forget_tokens(state.request_id)
             scheduler.finish_request(state.request_id)
             self._ledger.forget(state.request_id)
             scheduler.waiting_requests[again.request_id] = again
@@ -272,6 +341,16 @@ class CacheTenant:
         self._valve.count(COUNT_LOST_BLOCKS, len(in_use))
         self._valve.count(COUNT_RECOMPUTED, len(victims))
         self._valve.count(COUNT_RECOMPUTED_TOKENS, tokens)
+
+    def _forget_tokens(self, request_id: str) -> None:
+        """The next batch must not take this request's token over from one in flight (GPU, asynchronous):
+        that token is void, and the request starts anew under its old name."""
+        for pair in getattr(self._io, "io_pairs", ()):
+            positions = pair.host_io.req_id_to_new_token_position
+            if request_id in positions:  # what counts is its place in the order, so that is kept
+                pair.host_io.req_id_to_new_token_position = {
+                    (f"{VOID} {name}" if name == request_id else name): at for name, at in positions.items()
+                }
 
     def _withdraw(self, blocks: Any) -> None:
         """Take free blocks out of circulation."""

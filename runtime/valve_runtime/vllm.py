@@ -29,9 +29,18 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from valve_runtime import _lib
+from valve_runtime import _lib, vllm_device
 from valve_runtime.activity import Activity
-from valve_runtime.elastic import COUNT_REQUESTS, COUNT_TOKENS, ArenaRefused, DecodeGap, DemandSettings
+from valve_runtime.elastic import (
+    COUNT_REQUESTS,
+    COUNT_TOKENS,
+    ArenaRefused,
+    DecodeGap,
+    DemandSettings,
+    EngineUnsupported,
+    RuntimeFault,
+)
+from valve_runtime.torch_device import current, mismatch
 from valve_runtime.vllm_kv import Backing, KvTenant
 
 logger = logging.getLogger("valve.vllm")
@@ -51,12 +60,12 @@ ACTIVITY_HOOKS = (
 MEMORY_HOOKS = (
     ("vllm.v1.worker.utils", None, "allocate_kv_cache", ("kv_cache_config", "device", "layout")),
     ("vllm.v1.worker.gpu_model_runner", None, "allocate_kv_cache", ("kv_cache_config",)),
-    ("vllm.v1.worker.cpu_worker", "CPUWorker", "determine_available_memory", ()),
-    ("vllm.v1.attention.backends.cpu_attn", "CPUAttentionBackend", "supported_kv_cache_layouts", ()),
-    ("vllm.v1.kv_cache_layout", "KVCacheLayout", "BLHNC", None),
-    ("vllm.platforms.cpu", "CpuPlatform", "check_and_update_config", ("vllm_config",)),
+    ("vllm.v1.worker.gpu.attn_utils", None, "allocate_kv_cache", ("kv_cache_config",)),
+    ("vllm.v1.core.kv_cache_utils", None, "get_kv_cache_groups", ("vllm_config", "kv_cache_spec")),
+    ("vllm.v1.kv_cache_interface", None, "is_full_attention_spec", ("kv_cache_spec",)),
     ("vllm.v1.core.sched.scheduler", "Scheduler", "schedule", ()),
     ("vllm.v1.core.sched.scheduler", "Scheduler", "_preempt_request", ("request", "drop_stale_output")),
+    ("vllm.v1.core.sched.scheduler", "Scheduler", "_free_request_blocks", ("request",)),
     ("vllm.v1.core.block_pool", "BlockPool", "evict_blocks", ("block_ids",)),
     ("vllm.v1.core.block_pool", "BlockPool", "reset_prefix_cache", ()),
     ("vllm.v1.core.kv_cache_utils", "FreeKVCacheBlockQueue", "remove", ()),
@@ -125,6 +134,7 @@ class Plugin:
         self.settings = settings
         self.activity = Activity(valve)
         self.gap = DecodeGap()
+        self.device = ""  # where vLLM computes: torch's name
         self.backing: Backing | None = None
         self.tenant: KvTenant | None = None
         self._waker: threading.Timer | None = None
@@ -140,7 +150,15 @@ class Plugin:
             return
         self._hook_api_server()
         self._hook_engine_core()
-        missing = missing_hooks(MEMORY_HOOKS)
+        self.device = vllm_device.platform()
+        if self.device not in vllm_device.HOOKS:
+            logger.warning(
+                "valve: vLLM runs on %s here, where Valve has no elastic memory: its KV cache stays static "
+                "and is not shared",
+                self.device,
+            )
+            return
+        missing = missing_hooks(MEMORY_HOOKS + vllm_device.HOOKS[self.device])
         if missing:
             logger.warning(
                 "valve: this vLLM lacks %s: its KV cache stays static and is not shared; "
@@ -238,6 +256,8 @@ class Plugin:
                 if tenant is not None:
                     tenant.drain()
                 outputs = original(scheduler, *args, **kwargs)
+                if tenant is not None:
+                    tenant.processed()
                 valve.count(COUNT_TOKENS, _new_tokens(outputs))
                 self.gap.iteration(time.monotonic())
                 self._settle(scheduler)
@@ -278,30 +298,11 @@ class Plugin:
     # -- memory -------------------------------------------------------------------------------
 
     def _hook_memory(self) -> None:
-        from vllm.platforms.cpu import CpuPlatform
-        from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
         from vllm.v1.core.block_pool import BlockPool
         from vllm.v1.core.sched.scheduler import Scheduler
         from vllm.v1.engine.core import EngineCoreProc
-        from vllm.v1.kv_cache_layout import KVCacheLayout
         from vllm.v1.worker import gpu_model_runner
-        from vllm.v1.worker.cpu_worker import CPUWorker
         from vllm.v1.worker.gpu import attn_utils
-
-        def layouts(original: Callable[..., Any]) -> Callable[..., Any]:
-            def wrapped(cls: Any) -> Any:
-                # CPU kernels address blocks by stride; block-outermost keeps a block in one piece.
-                return (KVCacheLayout.BLHNC, *original(cls))
-
-            return wrapped
-
-        def check_config(original: Callable[..., Any]) -> Callable[..., Any]:
-            def wrapped(cls: Any, config: Any) -> Any:
-                result = original(cls, config)
-                self._keep_worker_in_process(config)
-                return result
-
-            return wrapped
 
         def available(original: Callable[..., Any]) -> Callable[..., Any]:
             def wrapped(worker: Any) -> Any:
@@ -316,7 +317,7 @@ class Plugin:
                     return original(config, *args, **kwargs)
                 try:
                     return self.backing.allocate(original, config, *args, **kwargs)
-                except ArenaRefused as refused:
+                except (RuntimeFault, _lib.ValveError) as refused:
                     if not self.online:
                         raise
                     self.backing = None
@@ -341,10 +342,20 @@ class Plugin:
                 tenant.drain()
                 tenant.ask()
                 output = original(scheduler, *args, **kwargs)
+                tenant.scheduled()
                 tenant.publish()
                 if not output.total_num_scheduled_tokens and tenant.withdrawn:
                     time.sleep(0.001)  # nothing fits until memory comes: do not spin
                 return output
+
+            return wrapped
+
+        def free_blocks(original: Callable[..., Any]) -> Callable[..., Any]:
+            def wrapped(scheduler: Any, request: Any) -> Any:
+                tenant = self._tenant_of(scheduler)
+                if tenant is not None:
+                    tenant.departing(request)
+                return original(scheduler, request)
 
             return wrapped
 
@@ -367,13 +378,15 @@ class Plugin:
 
             return wrapped
 
-        wrap(CPUAttentionBackend, "supported_kv_cache_layouts", layouts)
-        wrap(CpuPlatform, "check_and_update_config", check_config)
-        wrap(CPUWorker, "determine_available_memory", available)
+        if self.device == "cuda":
+            vllm_device.hook_cuda(wrap, lambda: bool(self.valve.device() == "nvidia"), available)
+        else:
+            vllm_device.hook_cpu(wrap, self._keep_worker_in_process, available)
         for module in (gpu_model_runner, attn_utils):
             wrap(module, "allocate_kv_cache", allocate)
         wrap(Scheduler, "__init__", init)
         wrap(Scheduler, "schedule", schedule)
+        wrap(Scheduler, "_free_request_blocks", free_blocks)
         wrap(BlockPool, "reset_prefix_cache", reset_prefix_cache)
         wrap(EngineCoreProc, "_notify_idle_state_callbacks", idle_callbacks)
 
@@ -386,26 +399,30 @@ class Plugin:
 
     def _open_arena(self, worker: Any, nbytes: int) -> int:
         """Bytes for the KV cache: the arena's where there is one, else ``nbytes``."""
-        parallel = worker.vllm_config.parallel_config
-        if parallel.world_size != 1 or parallel.distributed_executor_backend != "uni":
-            logger.warning(
-                "valve: %d workers outside the scheduler's process: the KV cache stays static "
-                "and is not shared (run with one worker for elastic memory)",
-                parallel.world_size,
-            )
-            return nbytes
-        if worker.vllm_config.kv_transfer_config is not None:
-            logger.warning("valve: a KV connector is configured: the KV cache stays static and is not shared")
-            return nbytes
+        timeout_ms = 3_000 if self.online else 30_000
         try:
-            arena = self.valve.arena_open(0, 3_000 if self.online else 30_000)
-        except _lib.ArenaDenied as refused:
+            if not self.valve.attach(timeout_ms):
+                raise ArenaRefused("the agent does not answer; is `valve agent` running?")
+            why_not = mismatch(self.valve.device(), self.device)
+            if why_not:
+                raise EngineUnsupported(f"{why_not}.")
+            why_not = vllm_device.obstacle(worker)
+            if why_not:
+                logger.warning("valve: %s: the KV cache stays static and is not shared", why_not)
+                return nbytes
+            with current(worker.device):
+                arena = self.valve.arena_open(0, timeout_ms)
+            if self.device == "cuda":
+                kv_bytes = vllm_device.gpu_budget(worker, arena.nbytes, nbytes, limited=not self.online)
+            else:
+                kv_bytes = arena.nbytes
+        except (RuntimeFault, _lib.ArenaDenied) as refused:
             if self.online:  # online never dies of Valve: it goes on with memory of its own
                 logger.error("valve: no arena (%s): the KV cache stays static and is not shared", refused)
                 return nbytes
             raise ArenaRefused(f"no device memory for this offline engine: {refused}") from refused
         self.backing = Backing(self.valve, arena, self.settings)
-        return self.backing.nbytes
+        return kv_bytes
 
     def _while_idle(self, core: Any) -> None:
         """On the core's thread, each time it is about to wait for a request."""

@@ -17,10 +17,11 @@ owners were preempted waits in ``limbo`` and is withdrawn when its last referenc
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from valve_runtime import geometry as geo
 from valve_runtime.elastic import (
@@ -35,7 +36,7 @@ from valve_runtime.elastic import (
     await_pinned,
     drain_events,
 )
-from valve_runtime.torch_arena import on_arena
+from valve_runtime.torch_arena import Places, on_arena
 
 if TYPE_CHECKING:
     from valve_runtime._lib import Arena
@@ -48,21 +49,19 @@ NULL_BLOCK = 0
 class Backing:
     """The arena under the KV cache of this process's engine; one per process."""
 
-    def __init__(self, link: Link, arena: Arena, settings: DemandSettings) -> None:
-        self.link = link
+    def __init__(self, valve: Any, arena: Arena, settings: DemandSettings) -> None:
+        """``valve``: libvalve (``_lib.Valve``), as a ``Link`` and as ``torch_arena.Places``."""
+        self.link: Link = valve
+        self.places: Places = valve
         self.arena = arena
         self.settings = settings
         self.pool: ElasticPool | None = None
-
-    @property
-    def nbytes(self) -> int:
-        return int(self.arena.slabs) * int(self.arena.slab_bytes)
 
     def allocate(
         self, original: Callable[..., dict[str, Any]], config: Any, *args: Any, **kwargs: Any
     ) -> Any:
         """``allocate_kv_cache`` with its buffer on the arena; waits for the null block's slabs."""
-        with on_arena(self.arena, config.kv_cache_tensors[0].size):
+        with on_arena(self.places, self.arena, config.kv_cache_tensors[0].size):
             caches = original(config, *args, **kwargs)
         self.pool = self._pool(config, caches)
         await_pinned(self.link, self.pool, self.settings)
@@ -72,10 +71,9 @@ class Backing:
         regions = []
         for tensor in config.kv_cache_tensors:
             view = caches[tensor.layers[0]]
-            page = view[0].numel() * view.element_size()
-            regions.append(
-                geo.Region(tensor.offset, len(tensor.layers), tensor.layer_stride, tensor.block_stride, page)
-            )
+            for piece, page in _pieces(view, config.num_blocks):
+                offset, layers = tensor.offset + piece, len(tensor.layers)
+                regions.append(geo.Region(offset, layers, tensor.layer_stride, tensor.block_stride, page))
         blocks = geo.build(regions, config.num_blocks, self.arena.slab_bytes, self.arena.slabs)
         if blocks.scattered:
             logger.warning(
@@ -83,6 +81,32 @@ class Backing:
                 "taken as a whole (a block-outermost layout such as BLHNC avoids this)"
             )
         return ElasticPool(blocks, pinned=(NULL_BLOCK,))
+
+
+def _pieces(view: Any, blocks: int) -> list[tuple[int, int]]:
+    """Where one layer of block 0 lies in a ``[B, H, N, C]`` view of any strides: (offset, bytes) of each
+    piece, from its first byte to its last. A backend's kernel may count smaller blocks than the scheduler's:
+    then B is a multiple of ``blocks``."""
+    item = view.element_size()
+    block_stride = view.stride(0) * (view.shape[0] // blocks)
+    dims = [(view.shape[0] // blocks, view.stride(0))]
+    dims += [(view.shape[d], view.stride(d)) for d in range(1, view.dim())]
+    outer = [(size, stride) for size, stride in dims if stride > block_stride]  # such as heads in LHBNC
+    inner = sum((size - 1) * stride for size, stride in dims if stride <= block_stride) + 1
+    starts = itertools.product(*(range(size) for size, _ in outer))
+    offsets = [sum(n * stride for n, (_, stride) in zip(at, outer, strict=True)) for at in starts]
+    return [(offset * item, inner * item) for offset in offsets]
+
+
+class _Departed(NamedTuple):
+    """A request whose blocks were freed while steps in flight still read and write them."""
+
+    request: Any
+    blocks: list[int]
+    sound: int
+    """tokens whose KV no step in flight writes"""
+    until: int
+    """number of the last step that it is in"""
 
 
 class KvTenant:
@@ -100,6 +124,8 @@ class KvTenant:
         self._block_size = int(scheduler.block_size)
         self.withdrawn: set[int] = set()
         self.limbo: set[int] = set()
+        self._departed: list[_Departed] = []
+        self._scheduled = self._processed = 0  # steps; those in between are in flight
         self._arriving: dict[str, int] = {}
         self._needed = 0
         self._counted: tuple[int, int, float] = (-1, -1, 0.0)
@@ -131,10 +157,26 @@ class KvTenant:
             for index in [i for i in self.limbo if self._blocks.blocks[i].ref_cnt == 0]:
                 self._withdraw(self._blocks.blocks[index])
 
+    def scheduled(self) -> None:
+        """A step is in flight."""
+        self._scheduled += 1
+
+    def processed(self) -> None:
+        """The outputs of the oldest step in flight were processed."""
+        self._processed += 1
+        self._departed = [gone for gone in self._departed if gone.until > self._processed]
+
+    def departing(self, request: Any) -> None:
+        """vLLM is about to free this request's blocks: it ends, is aborted, or vLLM preempts it for want of
+        blocks. What it has in flight vLLM still takes for good."""
+        if request.num_in_flight_tokens > 0:
+            sound = request.num_computed_tokens - request.num_in_flight_tokens
+            self._departed.append(_Departed(request, self._block_ids(request), sound, self._scheduled))
+
     def _lose(self, lost: set[int], gained: set[int]) -> None:
         blocks = self._blocks.blocks
         in_use = {i for i in lost if blocks[i].ref_cnt > 0 and i not in self.withdrawn}
-        victims, tainted = self._victims(in_use)
+        victims, tainted = self._victims(lost)
         self._blocks.evict_blocks(lost | tainted)
         recomputed_tokens = self._preempt(victims)
         for index in lost - gained:
@@ -154,26 +196,33 @@ class KvTenant:
 
         What a victim wrote during the step in which its blocks vanished was computed from
         garbage. Such a block may already carry a prefix hash and may already be shared, so it is
-        treated as lost too (it keeps its memory, not its contents), until nothing is added.
+        treated as lost too (it keeps its memory, not its contents), until nothing is added. The same
+        holds for what departed while it was in flight; such a request is no victim, but its outputs are void.
         """
-        if not lost:
-            return [], set()
-        owners = [(request, self._block_ids(request)) for request in self._holders()]
-        bad, tainted = set(lost), set[int]()
-        victims: dict[str, Any] = {}
+        suspects = [
+            (r, self._block_ids(r), r.num_computed_tokens - r.num_in_flight_tokens, True)
+            for r in self._holders()
+        ]
+        suspects += [(gone.request, gone.blocks, gone.sound, False) for gone in self._departed]
+        bad, tainted, victims = set(lost), set[int](), []
         grew = True
         while grew:
             grew = False
-            for request, ids in owners:
-                if request.request_id in victims or bad.isdisjoint(ids):
+            innocent = []
+            for request, ids, sound, holds in suspects:
+                if bad.isdisjoint(ids):
+                    innocent.append((request, ids, sound, holds))
                     continue
-                victims[request.request_id] = request
-                sound = request.num_computed_tokens - request.num_in_flight_tokens
+                if holds:
+                    victims.append(request)
+                elif request.num_stale_output_tokens > 0:
+                    request.drop_stale_output = True
                 written = set(ids[max(0, sound) // self._block_size :]) - bad
                 tainted |= written
                 bad |= written
                 grew = True
-        return list(victims.values()), tainted
+            suspects = innocent
+        return victims, tainted
 
     def _preempt(self, victims: list[Any]) -> int:
         """Back to the waiting queue, in the order they ran; returns tokens to compute again."""

@@ -23,6 +23,9 @@ VALVE_API int valve_role(void);
 /* 1 while a connection to the agent stands. */
 VALVE_API int valve_connected(void);
 
+/* enum valve_device that the agent serves, as it said when this process was let in; 0 before. */
+VALVE_API int valve_device(void);
+
 /* Connect now (an online process otherwise connects when it first uses this API) and
  * wait up to timeout_ms for the agent.  1 if connected. */
 VALVE_API int valve_attach(int timeout_ms);
@@ -69,8 +72,9 @@ struct valve_event {
 };
 VALVE_API int valve_poll(struct valve_event *event);
 
-/* For torch's CUDAPluggableAllocator: pieces of the arena, each starting at a slab.  NULL: no
- * room, or no arena. */
+/* Pieces of the arena, each starting at a slab, the first at the arena's start; nothing is mapped
+ * or written.  Which part of the arena is whose is decided here alone: engine plugins ask, and so
+ * does torch's CUDAPluggableAllocator, whose signatures these are.  NULL: no room, or no arena. */
 VALVE_API void *valve_torch_alloc(ssize_t bytes, int device, void *stream);
 VALVE_API void valve_torch_free(void *at, ssize_t bytes, int device, void *stream);
 

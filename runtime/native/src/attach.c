@@ -35,6 +35,13 @@ int valve_role(void)
     return confirmed ? confirmed : valve.claimed;
 }
 
+int valve_device(void)
+{
+    /* Written before the first UP, and every agent of a process serves the same device. */
+    atomic_load(&valve.link);
+    return valve_start() ? (int)valve.device : 0;
+}
+
 int valve_connected(void)
 {
     return valve_start() && atomic_load(&valve.link) == LINK_UP;

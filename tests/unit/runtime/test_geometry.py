@@ -18,6 +18,9 @@ CASES = [
     ("an offset shifts everything", Region(5, 1, 0, 10, 10), 2, 10, 3, [(0, 1), (1, 2)], False),
     ("layer-outermost: a stripe per layer", Region(0, 2, 20, 5, 5), 4, 10, 4,
      [(0, 2), (0, 2), (1, 3), (1, 3)], True),
+    ("layers smaller than a slab: no gaps, all of it needed", Region(0, 4, 6, 1, 1), 6, 8, 3,
+     [(0, 1, 2)] * 2 + [(0, 1, 2)] * 4, True),
+    ("two blocks that share a slab are in one piece", Region(0, 1, 0, 7, 7), 2, 10, 2, [(0,), (0, 1)], False),
     ("padding between pages is not touched", Region(0, 2, 30, 10, 5), 2, 10, 5, [(0, 3), (1, 4)], True),
 ]  # fmt: skip
 

@@ -33,8 +33,19 @@ def test_the_library_is_the_one_in_the_process(maps: Path) -> None:
         torch_pool.library(maps)
 
 
-@pytest.mark.parametrize("pools", [True, False], ids=["torch with pools", "an old torch"])
-def test_tensors_are_made_in_a_pool_of_our_allocator(monkeypatch: pytest.MonkeyPatch, pools: bool) -> None:
+@pytest.mark.parametrize(
+    ("make_pool", "pool"),
+    [
+        pytest.param(
+            lambda inner, no_split=False: ("pool", inner, no_split), ("pool", "allocator", True), id="torch"
+        ),
+        pytest.param(lambda inner: ("pool", inner), ("pool", "allocator"), id="a torch that always splits"),
+        pytest.param(None, None, id="a torch without pools"),
+    ],
+)
+def test_tensors_are_made_in_a_pool_of_our_allocator(
+    monkeypatch: pytest.MonkeyPatch, make_pool: Any, pool: Any
+) -> None:
     asked: list[Any] = []
 
     def allocator(*words: str) -> Any:
@@ -48,17 +59,17 @@ def test_tensors_are_made_in_a_pool_of_our_allocator(monkeypatch: pytest.MonkeyP
         asked.append("left")
 
     cuda = SimpleNamespace(memory=SimpleNamespace(CUDAPluggableAllocator=allocator), use_mem_pool=use)
-    if pools:
-        cuda.MemPool = lambda inner: ("pool", inner)
+    if make_pool:
+        cuda.MemPool = make_pool
     monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=cuda, __version__="2.0"))  # type: ignore[arg-type]
     monkeypatch.setattr(torch_pool, "library", lambda: "libvalve.so")
     torch_pool.pool.cache_clear()
-    if not pools:
+    if not make_pool:
         with pytest.raises(torch_pool.PoolUnsupported, match=r"2\.5 or later"), torch_pool.in_arena():
             pass
         return
     with torch_pool.in_arena():
         asked.append("inside")
     words = ("libvalve.so", "valve_torch_alloc", "valve_torch_free")
-    assert asked == [words, ("pool", "allocator"), "inside", "left"]
+    assert asked == [words, pool, "inside", "left"]
     torch_pool.pool.cache_clear()

@@ -271,3 +271,42 @@ def test_surplus_is_returned_and_cannot_be_used_any_more(scheduler: Scheduler, l
     assert sorted(link.returned) == list(range(3, 11))  # 0 is pinned, 11 in use: with 1 the floor; one slack
     assert free(scheduler) == {1, 2}
     assert made.withdrawn == set(range(3, 11))
+
+
+def test_what_left_in_flight_is_void_if_its_blocks_are_lost(scheduler: Scheduler, link: Link) -> None:
+    """vLLM preempts requests itself and takes their outputs in flight for good; what they wrote is hashed."""
+    made = tenant(scheduler, link, range(BLOCKS))
+    scheduler.run("a", 1, 2, 3, computed=9, in_flight=1)
+    scheduler.run("b", 4, 5, computed=6, in_flight=1)
+    made.scheduled()
+    made.scheduled()
+    for request in list(scheduler.running):
+        made.departing(request)
+        scheduler.running.remove(request)
+        scheduler.pool.release(request.blocks)
+        request.blocks, request.num_stale_output_tokens, request.drop_stale_output = [], 1, False
+    made.processed()  # the first of two steps; they are in the second
+    link.events = [(LOST, 1)]
+    made.drain()
+    a, b = scheduler.requests["a"], scheduler.requests["b"]
+    assert (a.drop_stale_output, b.drop_stale_output) == (True, False)
+    assert [scheduler.pool.blocks[n].hashed for n in (1, 2, 3, 4, 5)] == [False, True, False, True, True]
+    assert scheduler.preempted == []
+    assert link.counted[2] == 0
+
+
+def test_what_left_is_forgotten_when_its_step_is_over(scheduler: Scheduler, link: Link) -> None:
+    made = tenant(scheduler, link, range(BLOCKS))
+    scheduler.run("a", 1, 2, computed=5, in_flight=1)
+    scheduler.run("b", 3, computed=3)
+    made.scheduled()
+    a, b = scheduler.running
+    made.departing(a)
+    made.departing(b)  # has nothing in flight
+    scheduler.running.clear()
+    scheduler.pool.release(a.blocks)
+    a.num_stale_output_tokens, a.drop_stale_output = 1, False
+    made.processed()
+    link.events = [(LOST, 1)]
+    made.drain()
+    assert a.drop_stale_output is False
