@@ -95,7 +95,7 @@ def _driver(files: Files) -> Check:
     if files.pci_gpus:
         return _nvidia(
             "driver", "missing", f"{files.pci_gpus} NVIDIA GPU(s) on the PCI bus, no driver loaded",
-            "install and load the NVIDIA driver (535, 550, 570, 580 or 595, open kernel modules): "
+            f"install and load the NVIDIA driver ({', '.join(rm.BRANCHES)}; open kernel modules): "
             "`modprobe nvidia nvidia-uvm`",
         )  # fmt: skip
     return _nvidia(

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
  * What differs between the driver branches that the fake can be. Checked by compiling sizeof() on
- * the public headers of 535.288.01, 550.163.01, 570.211.01, 580.142 and 595.45.04; the same table
- * is written down a second time in tests/native/test_fakenv_abi.py and asked of a running fake.
+ * the public headers of the versions that branch.c names; the same table is written down a second
+ * time in tests/native/fakenv/test_fakenv_abi.py and asked of a running fake.
  */
 #ifndef FAKENV_BRANCH_H
 #define FAKENV_BRANCH_H

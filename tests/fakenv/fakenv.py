@@ -25,7 +25,7 @@ from types import TracebackType
 from typing import Any
 
 HERE = Path(__file__).parent
-BRANCHES = ("535", "550", "570", "580", "595")
+BRANCHES = ("535", "550", "560", "565", "570", "575", "580", "590", "595")
 ACTOR = [HERE / name for name in ("actor.py", "driver_api.py", "rm.py")]
 SOURCES = sorted([*HERE.glob("*.c"), *HERE.glob("*.h"), HERE / "Makefile", *ACTOR])
 

@@ -7,7 +7,7 @@
  *   fakenv run   [options] -- COMMAND ...       both: serves until COMMAND has ended
  *   fakenv ctl   --socket PATH WORD ...         one line of the control protocol (knobs.c)
  *
- * Options: --branch 535|550|570|580|595, --driver-version TEXT, --no-driver, --need-nodes, --gpus N,
+ * Options: --branch 535 to 595 (branch.c), --driver-version TEXT, --no-driver, --need-nodes, --gpus N,
  * --memory-mib N.
  */
 #define _GNU_SOURCE

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
  * The part of the NVIDIA driver's user ABI that libvalve reads: facts found equal in the open
- * kernel modules 535.288.01, 550.163.01, 570.211.01, 580.142 and 595.45.04.
+ * kernel modules 535, 550, 560, 565, 570, 575, 580, 590 and 595 (rm.py names the releases).
  */
 #ifndef VALVE_NV_ABI_H
 #define VALVE_NV_ABI_H

@@ -10,12 +10,13 @@ from collections.abc import Callable
 import pytest
 from memory_rig import SLAB, Rig, wait_for
 
+import fakenv
 from fakenv import FakeNvError
 
 BY_AGENT, BY_TENANT = 1, 2
 
 
-@pytest.mark.parametrize("branch", ["535", "550", "570", "580", "595"])
+@pytest.mark.parametrize("branch", fakenv.BRANCHES)
 @pytest.mark.parametrize("route", [BY_AGENT, BY_TENANT], ids=["below libcuda", "by libcuda"])
 def test_memory_moves_from_offline_to_online_and_back(
     new_rig: Callable[..., Rig], branch: str, route: int

@@ -71,7 +71,7 @@ def test_cycles_end_with_their_share_of_the_time() -> None:
 
 @pytest.mark.parametrize(
     ("version", "branch"),
-    [("525.60.13", "535"), ("565.57.01", "550"), ("575.51.03", "570"), ("610.43.02", "595")],
+    [("525.60.13", "535"), ("555.42.06", "550"), ("585.10.01", "580"), ("610.43.02", "595")],
 )
 def test_the_layouts_of_an_unknown_driver(version: str, branch: str) -> None:
     assert rm.branch_of(version) is None

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The resource manager's ioctl interface: numbers, parameter blocks, status codes, driver branches.
 
-Why it exists: one place that knows the driver's user ABI, as data read from the open kernel modules
-535.288.01, 550.163.01, 570.211.01, 580.142 and 595.45.04. What differs between branches is in `BRANCHES`;
-everything else was found equal in all five.
+Why it exists: one place that knows the driver's user ABI, as data read from the open kernel modules of the
+releases named in `BRANCHES`. What differs between branches is there; everything else was found equal in all.
 
 A control is an ioctl that carries a pointer to its parameters. `Control` prepares both blocks once, so that
 the hot path is one system call. ioctl() returning 0 is no success: the status is in the block.
@@ -173,8 +172,12 @@ BRANCHES = {
     for branch in (
         Branch("535", "535.288.01", 360, 2, 256, 132, 48, 120, 32),
         Branch("550", "550.163.01", 360, 2, 256, 132, 48, 128, 256),
+        Branch("560", "560.35.03", 360, 2, 256, 132, 48, 128, 256),
+        Branch("565", "565.77", 360, 2, 256, 132, 48, 128, 256),
         Branch("570", "570.211.01", 368, 2, 256, 132, 48, 128, 256),
+        Branch("575", "575.64.05", 368, 3, 256, 132, 48, 128, 256),
         Branch("580", "580.142", 368, 3, 384, 132, 56, 128, 256),
+        Branch("590", "590.48.01", 368, 3, 384, 132, 56, 128, 256),
         Branch("595", "595.45.04", 368, 3, 384, 68, 56, 128, 256),
     )
 }
