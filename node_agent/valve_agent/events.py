@@ -20,6 +20,7 @@ import collections
 import json
 import threading
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TextIO
 
@@ -30,6 +31,7 @@ BATCH_S = 0.02
 """How long the writer lets events collect."""
 
 Record = dict[str, object]
+Listener = Callable[[str, Mapping[str, object]], None]
 
 
 class EventLog:
@@ -42,13 +44,21 @@ class EventLog:
         self._pending: collections.deque[Record] = collections.deque()
         self._wake = threading.Condition()
         self._waiting = False
+        self._listeners: list[Listener] = []
         self._dropped = 0
         self._closing = False
         self._thread = threading.Thread(target=self._write_loop, name="valve-events", daemon=True)
         self._thread.start()
 
+    def listen(self, listener: Listener) -> None:
+        """Call it with every event above `debug`, in the thread that emits: it must not wait."""
+        self._listeners.append(listener)
+
     def emit(self, event: str, *, level: str = "info", **fields: object) -> None:
         """Queue one event, of now unless `t_ns` is a field. `level` debug keeps it out of the log."""
+        if level != "debug":
+            for listener in self._listeners:
+                listener(event, fields)
         record = _record(event, level, fields)
         with self._wake:
             if len(self._pending) >= PENDING_MAX:
@@ -109,6 +119,9 @@ class Labelled:
     def __init__(self, log: EventLog, **labels: object) -> None:
         self._log = log
         self._labels = labels
+
+    def listen(self, listener: Listener) -> None:
+        self._log.listen(listener)
 
     def emit(self, event: str, *, level: str = "info", **fields: object) -> None:
         self._log.emit(event, level=level, **{**self._labels, **fields})

@@ -69,6 +69,20 @@ def events(kubectl: Kubectl, name: str) -> list[dict[str, Any]]:
     return [line for line in lines if line.get("event") == name]
 
 
+def said_of(kubectl: Kubectl, pod: str, reason: str) -> str:
+    """The message of a pod's event, as `kubectl describe pod` shows it."""
+    uid = kubectl.get("pod", pod, "-n", gpu_rig.NAMESPACE)["metadata"]["uid"]
+    about = f"involvedObject.uid={uid},reason={reason}"
+
+    def there(events: dict[str, Any]) -> bool:
+        return bool(events["items"])
+
+    kubectl.until("the event", ["events", "-n", gpu_rig.NAMESPACE, f"--field-selector={about}"], there)
+    described = kubectl("describe", "pod", pod, "-n", gpu_rig.NAMESPACE)
+    assert reason in described
+    return described
+
+
 def replace_agent(kubectl: Kubectl) -> None:
     """As an upgrade does: the pod is deleted, the DaemonSet makes another, which is ready afterwards."""
     (old,) = kubectl.items("pods", *AGENT)
@@ -210,6 +224,7 @@ def test_a_process_that_cannot_be_paused_is_ended_and_says_why(
     (status,) = ended["status"]["containerStatuses"]
     assert status["state"]["terminated"]["exitCode"] == 137
     assert "libvalve saw none of its channels" in agent_log(kubectl)
+    assert "libvalve saw none of its channels" in said_of(kubectl, "offline", "ValveKilled")
     wait_for("its channels go", lambda: not offline.pids(), PATIENCE_S)
 
 
@@ -223,6 +238,7 @@ def test_a_process_of_no_tenant_is_named(
     said = events(kubectl, "unknown-process")
     assert {entry["pid"] for entry in said} == {stranger.pid_on_node()}
     assert "belongs to no tenant" in said[0]["why"]
+    assert "belongs to no tenant" in said_of(kubectl, "stranger", "ValveUnknownProcess")
     assert stranger.run("result = cu.info()[1]") == gpu_rig.GPU_MIB << 20, "it is not ours to end"
 
 
@@ -251,4 +267,5 @@ def test_what_the_driver_refuses_to_stop_is_ended_where_no_other_route_is_allowe
     log = agent_log(kubectl)
     assert "a privilege is missing" in log
     assert "must not share the device" in log
+    assert "must not share the device" in said_of(kubectl, "offline", "ValveKilled")
     assert online.restarts() == 0

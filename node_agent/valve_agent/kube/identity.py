@@ -20,6 +20,7 @@ from valve_agent.kube import cgroup
 from valve_agent.kube.allocation import Allocation
 from valve_agent.kube.cgroup import NotInPod
 from valve_agent.kube.containers import Containers
+from valve_agent.kube.pod_events import Pod
 from valve_agent.registry import Registry, Tenant
 from valve_agent.wire import RejectCode, Role
 from valve_api.container import ContainerName
@@ -112,6 +113,15 @@ class PodIdentity(LocalIdentity[Tenant]):
         if name is None:
             self._containers.hurry()
         return name is not None and name not in self._containers.view.allocations
+
+    def pod_of(self, pid: int) -> Pod | None:
+        """Whose container a process is in, Valve's or not; None for one of no pod that is known."""
+        try:
+            place = cgroup.of_process(pid, self._proc)
+        except NotInPod:
+            return None
+        name = self._containers.view.names.get(place)
+        return None if name is None else Pod(place.uid, name.namespace, name.pod, name.container)
 
     def sync(self) -> None:
         """Once a second: every allocated container that runs is a tenant, attached or not; one that is gone

@@ -31,6 +31,7 @@ from valve_agent.kube.api import Api
 from valve_agent.kube.containers import Containers
 from valve_agent.kube.identity import PodIdentity
 from valve_agent.kube.ledger import Ledger
+from valve_agent.kube.pod_events import PodEvents
 from valve_agent.kube.report import NODES_PATH, ConditionValue, Reporter, conditions_of, gpu_of, status_of
 from valve_agent.kube.watch import ObjectWatch
 from valve_agent.registry import Registry, Tenant
@@ -144,6 +145,7 @@ class KubernetesNode:
         self._containers = Containers(self._pod_resources, logs=logs, cgroups=cgroups)
         self._reporter = Reporter(api, node)
         self._ledger = Ledger(allocations)
+        self._pod_events: PodEvents | None = None
         self._identities: list[tuple[Registry, PodIdentity]] = []
         self._agents: Sequence[Agent] = ()
 
@@ -190,6 +192,10 @@ class KubernetesNode:
             self._sizes = list(gpu_bytes)
             self._following = self._wanted = wanted_of(self._object, self._sizes)
         self._containers.start()
+        if agents:
+            self._pod_events = PodEvents(self._api, self._node, self._identities[0][1].pod_of)
+            self._pod_events.start()
+            agents[0].events.listen(self._pod_events.hear)
 
     def facts(self) -> dict[str, Any]:
         wanted, following = self._wanted, self._following
@@ -214,6 +220,8 @@ class KubernetesNode:
         self._report([gpu_of(gpu, grace_s) for gpu in document["gpus"]], document)
 
     def close(self) -> None:
+        if self._pod_events is not None:
+            self._pod_events.close()
         self._watch.close()
         self._containers.close()
         self._reporter.close()

@@ -80,7 +80,11 @@ RULES = {
         "leases.coordination.k8s.io": "create",
         "leases.coordination.k8s.io [valve-operator]": "get update",
     },
-    AGENT: {"colocationnodes.valve.io": "list watch", "colocationnodes.valve.io/status": "patch"},
+    AGENT: {
+        "colocationnodes.valve.io": "list watch",
+        "colocationnodes.valve.io/status": "patch",
+        "events": "create",
+    },
     PLUGIN: {},
 }
 """Everything a component may do beyond what every account may (discovery and self reviews)."""
@@ -206,6 +210,27 @@ def test_an_agent_writes_its_own_node_and_no_other(installed: ControlPlane) -> N
         write_status(agent, "beta")
     assert "may write only the ColocationNode alpha, not beta" in refused.value.sentence
     assert "status" not in installed.kubectl.get("colonode", "beta")
+
+
+def event_of(host: str, component: str = "valve-agent") -> dict[str, Any]:
+    return {
+        "apiVersion": "v1", "kind": "Event", "metadata": {"name": f"x.{host}", "namespace": "default"},
+        "involvedObject": {"kind": "Pod", "namespace": "default", "name": "x"}, "reason": "ValveKilled",
+        "message": "why", "type": "Warning", "reportingComponent": component, "reportingInstance": host,
+    }  # fmt: skip
+
+
+@pytest.mark.usefixtures("nodes")
+def test_an_agent_posts_events_in_its_own_name_only(installed: ControlPlane) -> None:
+    agent = agent_of(installed, "alpha")
+    agent("create", "-f", "-", stdin=json.dumps(event_of("alpha")))
+    for event in (event_of("beta"), event_of("alpha", "kubelet")):
+        with pytest.raises(Refused) as refused:
+            agent("create", "-f", "-", stdin=json.dumps(event))
+        assert "in its own name only" in refused.value.sentence
+    with pytest.raises(Refused):
+        agent("delete", "event", "x.alpha")
+    installed.kubectl("create", "-f", "-", stdin=json.dumps(event_of("beta", "kubelet")))
 
 
 @pytest.mark.usefixtures("nodes")
