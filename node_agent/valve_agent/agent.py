@@ -13,12 +13,13 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 from valve_agent import gpu_link, watchdog, wire
+from valve_agent.arenas import Arenas
 from valve_agent.connection import Connection, Kind
-from valve_agent.devices.base import ArenaError, DeviceError, MemoryPool
+from valve_agent.devices.base import DeviceError, MemoryPool
 from valve_agent.devices.cpu.kernel import set_slice
 from valve_agent.events import EventLog, Labelled
 from valve_agent.gate_link import GateDied, GateError, HoldTimeout
@@ -28,12 +29,13 @@ from valve_agent.holds import Gate, HoldWorker
 from valve_agent.identity import Identity, IdentityError
 from valve_agent.policy.rate import RateLimit
 from valve_agent.pool import Holder, Pool
-from valve_agent.registry import Link, Memory, Process, Registry, Scan, Tenant
+from valve_agent.registry import Link, Process, Registry, Scan, Tenant
 from valve_agent.server import Server
-from valve_agent.shared import Ledger, LedgerCopy, Page, SharedMemoryError, ledger_bytes
+from valve_agent.shared import LedgerCopy, Page
+from valve_agent.siblings import NoSiblings, Siblings
 from valve_agent.slab_moves import SlabMoves
 from valve_agent.usage import Usage
-from valve_agent.wire import RejectCode, Role, bits
+from valve_agent.wire import RejectCode, Role
 
 SCAN_NS = 1_000_000_000
 QUICK_HOLD_S = 0.002
@@ -49,35 +51,6 @@ COUNTERS = ("requests", "tokens", "recomputed", "lost_blocks", "recomputed_token
 
 class AgentFailed(Exception):
     """The agent cannot go on; it must end so that runtimes fail safe and a successor starts clean."""
-
-
-class Siblings(Protocol):
-    """What the agent of one device asks about those of the machine's other devices (router.py)."""
-
-    common_doorbell_fd: int
-
-    def also_on(self, agent: Agent, pid: int) -> Sequence[Agent]:
-        """The other devices of an online process that said HELLO to `agent`."""
-        ...
-
-    def role_of(self, agent: Agent, pid: int) -> tuple[Role, bool]:
-        """(role by the tenant it descends from, NONE without one; whether this device is the tenant's)."""
-        ...
-
-
-class NoSiblings:
-    """Of the only device."""
-
-    common_doorbell_fd = -1
-
-    def also_on(self, agent: Agent, pid: int) -> Sequence[Agent]:
-        return ()
-
-    def role_of(self, agent: Agent, pid: int) -> tuple[Role, bool]:
-        try:
-            return agent.identity.tenant_of(pid).role, True
-        except IdentityError:
-            return Role.NONE, False
 
 
 class Agent:
@@ -134,8 +107,7 @@ class Agent:
         self._guests: dict[int, Process] = {}
         """Connection -> engine of another device's agent that uses this device too."""
         self._launchers: dict[int, Tenant] = {}
-        self._by_holder: dict[int, Process] = {}
-        self._holders = 0
+        self.arenas = Arenas(memory, self)
         self._scan = Scan()
         self._scan_ns = 0
         self._holds = HoldWorker(gate, server.wake)
@@ -168,10 +140,10 @@ class Agent:
                 gpu_link.on_frame(self.gate, process, frame, fds)
                 return
             if isinstance(frame, wire.ArenaOpen):
-                self._on_arena_open(connection, process, frame)
+                self.arenas.on_open(connection, process, frame)
                 return
             if isinstance(frame, wire.ArenaRestore):
-                self._on_arena_restore(connection, process, frame, fds)
+                self.arenas.on_restore(process, frame, fds)
                 return
             if process.memory is not None:
                 holder = process.memory.holder
@@ -182,7 +154,7 @@ class Agent:
                     self.pool.on_want(holder, frame.total)
                     return
                 if isinstance(frame, wire.Return):
-                    self._give_back(process, int(frame.set))
+                    self.arenas.give_back(process, int(frame.set))
                     return
                 if isinstance(frame, wire.Reclaimed):
                     self.pool.on_reclaimed(holder, frame.id, int(frame.set))
@@ -264,40 +236,28 @@ class Agent:
         self.gate.release()
 
     def ledger(self, holder: Holder) -> LedgerCopy | None:
-        memory = self._by_holder[holder.id].memory
-        assert memory is not None
-        try:
-            return memory.ledger.read()
-        except SharedMemoryError:
-            return None
+        return self.arenas.ledger(holder)
 
     def reclaim(self, holder: Holder, operation: int, mask: int) -> None:
         frame = wire.Reclaim(id=operation, at_ns=self._clock(), set=wire.Bitmap.from_int(mask))
-        process = self._by_holder[holder.id]
+        process = self.arenas.process_of(holder)
         if self.moves is not None:
             self.moves.reclaim(process, frame)
         else:
             self.send_to(process, frame)
 
     def discard(self, holder: Holder, mask: int) -> None:
-        memory = self._by_holder[holder.id].memory
-        assert memory is not None
-        if self.moves is not None:
-            self.moves.forget(self._by_holder[holder.id], mask)
-        try:
-            self.memory.discard(memory.arena, bits(mask))
-        except ArenaError as error:
-            self.kill(holder, str(error))
+        self.arenas.discard(holder, mask)
 
     def grant(self, holder: Holder, mask: int) -> None:
-        process = self._by_holder[holder.id]
+        process = self.arenas.process_of(holder)
         if self.moves is not None:
             self.moves.grant(process, mask)
             return
         self.send_to(process, wire.Grant(id=0, at_ns=self._clock(), set=wire.Bitmap.from_int(mask)))
 
     def kill(self, holder: Holder, why: str) -> None:
-        self._kill(self._by_holder[holder.id], why)
+        self._kill(self.arenas.process_of(holder), why)
 
     def emit(self, event: str, *, level: str = "info", **fields: object) -> None:
         self.events.emit(event, level=level, **fields)
@@ -422,7 +382,7 @@ class Agent:
             if known.link is not None:
                 self.server.drop(self.server.connections[known.link.connection], "it connected again")
             if hello.arena_slabs == 0 and known.memory is not None:
-                self._release_memory(known)  # it exec'ed: its address space, and the arena in it, are gone
+                self.arenas.release(known)  # it exec'ed: its address space, and the arena in it, are gone
             return known
         most = self.settings.offline_max_processes
         offline = sum(
@@ -476,7 +436,7 @@ class Agent:
             if process.link.helper_pidfd is not None:
                 _kill(process.link.helper_pidfd)
             self.server.drop(self.server.connections[process.link.connection], "its process is gone")
-        self._release_memory(process)
+        self.arenas.release(process)
         self.registry.process_gone(process)
         os.close(process.pidfd)
         self._emit_for(process, "gone")
@@ -486,127 +446,11 @@ class Agent:
         self.registry.process_gone(process)
         os.close(process.pidfd)
 
-    def _release_memory(self, process: Process) -> None:
-        memory, holder = process.memory, process.memory.holder if process.memory else None
-        if self.moves is not None:
-            self.moves.gone(process)
-        if memory is None or holder is None:
-            return
-        self.discard(holder, (1 << holder.slabs) - 1)
-        process.memory = None
-        del self._by_holder[holder.id]
-        memory.ledger.close()
-        os.close(memory.ledger_fd)
-        self.memory.close(memory.arena)
-        self.pool.detach(holder)
-
     def _kill(self, process: Process, why: str) -> None:
         self._emit_for(process, "kill", level="error", why=why)
         _kill(process.pidfd)
         if process.link is not None and process.link.helper_pidfd is not None:
             _kill(process.link.helper_pidfd)
-
-    # Arenas -----------------------------------------------------------------------------------------
-
-    def _on_arena_open(self, connection: Connection, process: Process, frame: wire.ArenaOpen) -> None:
-        if process.memory is not None:
-            raise wire.BadField("ARENA_OPEN came twice: a process has one arena")
-        tenant = process.tenant
-        if process.others:
-            self._deny(
-                connection,
-                process,
-                f"{tenant.name} has {1 + len(process.others)} GPUs, and memory is lent on one at a time: its "
-                "KV cache stays as it is",
-            )
-            return
-        most = self.arena_limit(process)
-        if not 0 < frame.slabs <= most:
-            size = f"{frame.slabs * self.settings.slab_bytes >> 20}Mi"
-            limit = f"{most * self.settings.slab_bytes >> 20}Mi"
-            fix = (
-                "raise `valve run --memory` or give the engine less KV cache"
-                if tenant.role == Role.OFFLINE
-                else "give the engine less KV cache, or the policy's device more memory"
-            )
-            sentence = (
-                f"an arena of {size} is more than the {limit} that tenant {tenant.name} may have: {fix}"
-            )
-            self._deny(connection, process, sentence)
-            return
-        try:
-            arena = self.moves.claim(process) if self.moves else self.memory.create(int(frame.slabs))
-        except ArenaError as error:
-            self._deny(connection, process, str(error))
-            return
-        ledger_fd, ledger = Ledger.create(arena.slabs)
-        self._add_memory(process, arena, ledger_fd, ledger, held=0)
-        connection.send(
-            wire.Arena(
-                slabs=arena.slabs, slab_bytes=self.settings.slab_bytes,
-                quarantine_bytes=arena.quarantine_bytes, ledger_bytes=ledger_bytes(arena.slabs),
-            ),
-            [arena.memory_fd, arena.quarantine_fd, ledger_fd],
-        )  # fmt: skip
-
-    def _deny(self, connection: Connection, process: Process, sentence: str) -> None:
-        self._emit_for(process, "denied", level="warning", why=sentence)
-        connection.send(wire.Denied(code=RejectCode.EARENA, text=sentence.encode()[: wire.TEXT_BYTES - 1]))
-
-    def _on_arena_restore(
-        self, connection: Connection, process: Process, frame: wire.ArenaRestore, fds: list[int]
-    ) -> None:
-        """A runtime comes back with its arena: over an agent's restart, or over a lost connection."""
-        if process.memory is not None:
-            for fd in fds:
-                os.close(fd)
-            self._reconcile(process, process.memory.holder, int(frame.held))
-            return
-        try:
-            held, slabs = int(frame.held), int(frame.slabs)
-            arena = self.memory.restore(fds[0], fds[1], slabs)
-            if held >> slabs:
-                raise ArenaError(f"slabs beyond the arena's {slabs}")
-            if process.tenant.role == Role.OFFLINE and held.bit_count() > process.tenant.limit_slabs:
-                raise ArenaError(f"{held.bit_count()} slabs where {process.tenant.limit_slabs} are allowed")
-            ledger = Ledger(fds[2], slabs)
-            if self.moves is not None:
-                self.moves.adopt(process, arena, ledger.base, held)
-        except (ArenaError, SharedMemoryError) as error:
-            for fd in fds:
-                os.close(fd)
-            if process.tenant.role == Role.OFFLINE:
-                self._kill(process, f"its memory cannot be accounted for: {error}")
-            raise IdentityError(RejectCode.EARENA, f"the arena cannot be restored: {error}") from error
-        self._add_memory(process, arena, fds[2], ledger, held)
-        self._emit_for(process, "restore", slabs=held.bit_count())
-
-    def _reconcile(self, process: Process, holder: Holder, claimed: int) -> None:
-        """The agent knows what was granted. Less than that: a grant got lost, take it back. More: a lie."""
-        if claimed & ~holder.held:
-            self._kill(process, "it claims slabs that it was not granted")
-            return
-        holder.attached = True
-        self._give_back(process, holder.held & ~claimed)
-        self._emit_for(process, "restore", slabs=claimed.bit_count())
-
-    def _give_back(self, process: Process, mask: int) -> None:
-        """The pool takes slabs back that their holder no longer uses; on a GPU once quarantine lies there."""
-        assert process.memory is not None
-        if self.moves is not None:
-            self.moves.give_back(process, mask)
-        else:
-            self.pool.on_return(process.memory.holder, mask)
-
-    def _add_memory(self, process: Process, arena: Any, ledger_fd: int, ledger: Ledger, held: int) -> None:
-        self._holders += 1
-        tenant = process.tenant
-        holder = Holder(
-            self._holders, tenant.id, tenant.name, tenant.role, arena.slabs, tenant.limit_slabs, held
-        )
-        process.memory = Memory(arena, ledger_fd, ledger, holder)
-        self._by_holder[holder.id] = process
-        self.pool.attach(holder)
 
     # Time and the gate ------------------------------------------------------------------------------
 
@@ -710,7 +554,7 @@ class Agent:
             self._strangers = ""
             self.release()
 
-    # What slab_moves.py needs ------------------------------------------------------------------------
+    # What slab_moves.py and arenas.py need -----------------------------------------------------------
 
     def arena_limit(self, process: Process) -> int:
         return int(min(process.tenant.limit_slabs, self.settings.arena_slabs))

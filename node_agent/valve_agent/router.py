@@ -31,7 +31,7 @@ SECOND_NS = 1_000_000_000
 
 
 class Router:
-    """See the module; implements server.Handler and agent.Siblings."""
+    """See the module; implements server.Handler and siblings.Siblings."""
 
     def __init__(
         self,
