@@ -44,8 +44,12 @@ lint: build/venv/ready  ## ruff, mypy --strict, import layers
 	$(PY) -m mypy
 	$(PY) -c 'from importlinter.cli import lint_imports_command as c; c()'
 
-test: lint runtime build/engines cluster  ## lint and every lane
-	$(PY) -m pytest
+# What takes minutes to build is built while the lanes that do not need it run.
+test: lint runtime  ## lint and every lane
+	@$(MAKE) -j2 build/engines cluster > build/prepared.log 2>&1 & prepared=$$!; \
+	$(PY) -m pytest -m 'unit or native'; first=$$?; \
+	wait $$prepared || { cat build/prepared.log; exit 1; }; \
+	$(PY) -m pytest -m 'not unit and not native' && exit $$first
 
 unit: build/venv/ready  ## tests: pure code
 	$(PY) -m pytest -m unit

@@ -111,6 +111,8 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     terminalreporter.section("tests per lane")
     for lane, counter in counts.items():
+        if not any(counter.values()) and lane != "gpu":
+            continue
         note = "" if lane != "gpu" or gpu_present() else " (no /dev/nvidiactl on this machine)"
         tally = ", ".join(f"{counter[outcome]:4} {outcome}" for outcome in ("passed", "failed", "skipped"))
         terminalreporter.line(f"{lane:12} {tally}{note}")

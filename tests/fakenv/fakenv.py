@@ -26,6 +26,8 @@ from typing import Any
 
 HERE = Path(__file__).parent
 BRANCHES = ("535", "550", "560", "565", "570", "575", "580", "590", "595")
+LAYOUTS = ("535", "550", "570", "575", "580", "595")
+"""Branches that differ in what Valve uses."""
 ACTOR = [HERE / name for name in ("actor.py", "driver_api.py", "rm.py")]
 SOURCES = sorted([*HERE.glob("*.c"), *HERE.glob("*.h"), HERE / "Makefile", *ACTOR])
 

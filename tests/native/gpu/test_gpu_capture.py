@@ -60,7 +60,7 @@ def test_every_form_of_an_allocation(captured: Captured, what: str, options: str
     assert captured.agrees()
 
 
-@pytest.mark.parametrize("branch", fakenv.BRANCHES)
+@pytest.mark.parametrize("branch", fakenv.LAYOUTS)
 def test_a_cuda_context_in_every_layout(new_captured: NewCaptured, branch: str) -> None:
     captured = new_captured(branch=branch)
     captured.run("import driver_api; cu = driver_api.Cuda()")

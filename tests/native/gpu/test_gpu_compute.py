@@ -92,7 +92,7 @@ ALL = [1] * 8 + [9, 10]
 
 
 @pytest.mark.parametrize("route", ["agent", "in-process"])
-@pytest.mark.parametrize("branch", fakenv.BRANCHES)
+@pytest.mark.parametrize("branch", fakenv.LAYOUTS)
 def test_a_pause_takes_compute_and_a_hold_takes_all(
     new_controlled: NewControlled, branch: str, route: str
 ) -> None:

@@ -37,7 +37,7 @@ def test_many_pauses_change_no_result(new_node: NewNode) -> None:
     assert node.machine.status()["xids"] == [[0, 0]]
 
 
-@pytest.mark.parametrize("branch", fakenv.BRANCHES)
+@pytest.mark.parametrize("branch", fakenv.LAYOUTS)
 def test_a_kernel_stops_for_online_and_goes_on_where_it_was(new_node: NewNode, branch: str) -> None:
     node = new_node(machine={"branch": branch})
     victim = node.victim()

@@ -16,7 +16,7 @@ from fakenv import FakeNvError
 BY_AGENT, BY_TENANT = 1, 2
 
 
-@pytest.mark.parametrize("branch", fakenv.BRANCHES)
+@pytest.mark.parametrize("branch", fakenv.LAYOUTS)
 @pytest.mark.parametrize("route", [BY_AGENT, BY_TENANT], ids=["below libcuda", "by libcuda"])
 def test_memory_moves_from_offline_to_online_and_back(
     new_rig: Callable[..., Rig], branch: str, route: int
