@@ -72,7 +72,7 @@ def test_a_slow_driver_delays_the_pause_and_is_named(new_node: NewNode) -> None:
     victim = node.victim()
     engine = node.engine()
     assert advances(victim)
-    node.machine.ctl("hold", 1500)
+    node.machine.ctl("hold", 5000)
     time.sleep(0.2)  # its holder is a thread of its own
     busy(engine)
     slow = node.agent.wait_event("slow_driver")
