@@ -10,12 +10,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import socket
 import sys
 from pathlib import Path
 from typing import Any
 
 from valve_agent import sockets
+from valve_api.node_socket import read_json
 
 TIMEOUT_S = 5.0
 
@@ -27,14 +27,8 @@ class StatusError(Exception):
 def read_status(path: Path, timeout_s: float = TIMEOUT_S) -> dict[str, Any]:
     """The snapshot of the agent that listens at `path` (valve_agent.status). Raises StatusError."""
     address = path.with_name(path.name + sockets.STATUS_SUFFIX)
-    chunks = []
     try:
-        with socket.socket(socket.AF_UNIX, sockets.STATUS_KIND) as client:
-            client.settimeout(timeout_s)
-            client.connect(str(address))
-            while chunk := client.recv(1 << 16):
-                chunks.append(chunk)
-        document = json.loads(b"".join(chunks))
+        document = read_json(address, timeout_s)
     except PermissionError as error:
         raise StatusError(f"only root and the agent's user may read {address}") from error
     except (FileNotFoundError, ConnectionRefusedError) as error:

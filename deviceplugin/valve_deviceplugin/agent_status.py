@@ -10,37 +10,24 @@ pure.
 
 from __future__ import annotations
 
-import json
-import socket
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from valve_api.node_socket import read_json
 from valve_deviceplugin.allocator.lending import Report
 from valve_deviceplugin.errors import AgentError
 
 SUFFIX = ".status"
 """The status socket stands beside the agent's (docs/architecture.md)."""
 SCHEMA = "valve.io/status/v1"
-BYTES_MAX = 16 << 20
 
 
 def read_status(agent_socket: Path, timeout_s: float) -> dict[str, Any]:
     """One snapshot. Raises AgentError."""
     address = agent_socket.with_name(agent_socket.name + SUFFIX)
-    deadline = time.monotonic() + timeout_s
-    data = bytearray()
     try:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
-            client.settimeout(timeout_s)
-            client.connect(str(address))
-            while chunk := client.recv(1 << 16):
-                data += chunk
-                client.settimeout(max(0.001, deadline - time.monotonic()))
-                if len(data) > BYTES_MAX:
-                    raise AgentError(f"{address} sends more than {BYTES_MAX >> 20} MiB")
-        document = json.loads(data)
+        document = read_json(address, timeout_s)
     except PermissionError as error:
         raise AgentError(
             f"{address} may not be opened: run the device plugin as uid 0 (no capability is needed)"

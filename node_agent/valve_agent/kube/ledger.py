@@ -12,19 +12,16 @@ Threading model: `read` waits up to TIMEOUT_S; only the thread of kube/container
 
 from __future__ import annotations
 
-import json
-import socket
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from valve_api.container import ContainerName
+from valve_api.node_socket import read_json
 
 SOCKET = "allocations.sock"
 SCHEMA = "valve.io/allocations/v1"
 TIMEOUT_S = 5.0
-BYTES_MAX = 16 << 20
 
 
 class LedgerError(Exception):
@@ -38,23 +35,14 @@ class Ledger:
 
     def read(self) -> dict[ContainerName, tuple[str, ...]]:
         """Container -> UUIDs of its GPUs, in the order in which it sees them. Raises LedgerError."""
-        deadline = time.monotonic() + TIMEOUT_S
-        data = bytearray()
         try:
-            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
-                client.settimeout(TIMEOUT_S)
-                client.connect(str(self._socket))
-                while chunk := client.recv(1 << 16):
-                    data += chunk
-                    client.settimeout(max(0.001, deadline - time.monotonic()))
-                    if len(data) > BYTES_MAX:
-                        raise LedgerError(f"{self._socket} sends more than {BYTES_MAX >> 20} MiB")
-            return gpus_of(json.loads(data))
+            document = read_json(self._socket, TIMEOUT_S)
         except (OSError, ValueError) as error:
             raise LedgerError(
                 f"the device plugin does not say which pod is on which GPU ({self._socket}: {error}): is it "
                 "running, and is --allocations its --state-dir?"
             ) from error
+        return gpus_of(document)
 
 
 def gpus_of(document: Any) -> dict[ContainerName, tuple[str, ...]]:
