@@ -93,9 +93,10 @@ class Router:
 
     def role_of(self, agent: Agent, pid: int) -> tuple[Role, bool]:
         agents = self._agents_of(pid)
-        if not agents:
+        try:
+            return agents[0].identity.tenant_of(pid).role, agent in agents
+        except (IndexError, IdentityError):  # of no tenant, or gone meanwhile
             return Role.NONE, False
-        return agents[0].identity.tenant_of(pid).role, agent in agents
 
     # Whose it is ------------------------------------------------------------------------------------
 
@@ -125,8 +126,6 @@ class Router:
 
     def _agents_of(self, pid: int) -> tuple[Agent, ...]:
         """Of the GPUs of the tenant that a process belongs to; none for a process of no tenant."""
-        if len(self.agents) == 1:
-            return self.agents if self.agents[0].identity.serves(pid) else ()
         serving = tuple(agent for agent in self.agents if agent.identity.serves(pid))
         if len(serving) != 1:
             return serving

@@ -101,6 +101,18 @@ class PodIdentity(LocalIdentity[Tenant]):
             )
         return self._tenant(Key(place.uid, name), allocation)
 
+    def serves(self, pid: int) -> bool:
+        """By the last look; nobody is registered and nothing hurried for a mere question."""
+        try:
+            place = cgroup.of_process(pid, self._proc)
+        except NotInPod:
+            return False
+        name = self._containers.view.names.get(place)
+        if name is None or not self._is_here(name):
+            return False
+        allocation = self._containers.view.allocations.get(name)
+        return allocation is not None and allocation.role is not None
+
     def is_outsider(self, pid: int) -> bool:
         """Not a process of a container that Valve serves, nor of one that is not known yet: those have the
         agent's folder mounted, and root in a container passes every file mode."""

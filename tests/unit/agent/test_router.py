@@ -131,3 +131,13 @@ def test_every_agent_gets_its_turn_and_the_node_its_second(tmp_path: Path) -> No
         made.on_turn()
     assert (seconds, agents[0].turns, agents[1].turns) == ([10**9, 2 * 10**9], 3, 3)
     assert made.deadline_ns() == 3 * 10**9
+
+
+def test_a_process_that_ends_while_it_is_looked_at_is_nobodys(tmp_path: Path) -> None:
+    agents: list[Any] = [StubAgent({PID}), StubAgent()]
+
+    def gone(pid: int) -> Any:
+        raise IdentityError(wire.RejectCode.EIDENTITY, f"process {pid} is gone")
+
+    agents[0].identity.tenant_of = gone
+    assert router(tmp_path, agents).role_of(agents[0], PID) == (Role.NONE, False)

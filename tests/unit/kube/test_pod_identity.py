@@ -308,3 +308,17 @@ def test_on_a_node_of_several_gpus_a_container_is_a_tenant_where_the_ledger_says
     setup.containers.look()
     assert second.serves(4242), "what the ledger said before is in force"
     assert setup.containers.view.error == "no socket"
+
+
+def test_to_ask_whether_a_process_is_served_changes_nothing(setup: Setup) -> None:
+    setup.start_job()
+    looks = setup.containers.view.looks
+    assert (setup.identity.serves(4242), setup.identity.serves(1)) == (True, False)
+    setup.kubelet.allocations[JOB] = Allocation(1, 2)
+    setup.containers.look()
+    assert not setup.identity.serves(4242), "it has both kinds, so it is no tenant"
+    del setup.kubelet.allocations[JOB]
+    setup.containers.look()
+    assert not setup.identity.serves(4242)
+    assert (dict(setup.registry.tenants), setup.containers.view.looks) == ({}, looks + 2)
+    assert not setup.containers._wake.is_set(), "the kubelet is not asked again for it"
