@@ -19,6 +19,7 @@ import os
 import resource
 import signal
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
 
@@ -28,7 +29,7 @@ from valve_agent.devices.base import DeviceError
 from valve_agent.devices.cpu.kernel import set_slice
 from valve_agent.events import EventLog, Labelled
 from valve_agent.gate_link import GateDied, GateError
-from valve_agent.parts import Parts, cpu_parts, nvidia_numbers, nvidia_parts
+from valve_agent.parts import Parts, cpu_parts, nvidia_parts
 from valve_agent.router import Router
 from valve_agent.server import Server
 from valve_agent.share import Share
@@ -120,7 +121,7 @@ def main(arguments: argparse.Namespace) -> int:
             except DeviceError as error:
                 unusable[one.info.uuid] = str(error)
         if not shares:
-            raise DeviceError("; ".join(f"{device}: {why}" for device, why in unusable.items()))
+            raise _nothing(unusable)
     except (GateError, DeviceError, sockets.SocketTaken, OSError) as error:
         print(f"valve agent: {error}", file=sys.stderr)
         for share in shares:
@@ -198,24 +199,23 @@ def main(arguments: argparse.Namespace) -> int:
 def _parts(
     arguments: argparse.Namespace, surroundings: Surroundings, unusable: dict[str, str]
 ) -> list[Parts]:
-    """Of every device to share. One of several GPUs that cannot be shared goes to `unusable` (device -> why)
-    and leaves the others alone. Raises PolicyError, DeviceError."""
+    """Of every device to share; `unusable` gets those that cannot be (device -> why). Raises PolicyError,
+    DeviceError."""
     if arguments.device == "cpu":
         return [cpu_parts(surroundings.settings)]
-    numbers = nvidia_numbers(arguments.gpus)
-    found = []
-    for number in numbers:
-        try:
-            found.append(nvidia_parts(surroundings.settings, number, arguments.gpu_commit))
-        except DeviceError as error:
-            if len(numbers) == 1:
-                raise
-            unusable[f"GPU {number}"] = str(error)
+    found = nvidia_parts(surroundings.settings, arguments.gpus, arguments.gpu_commit, unusable)
     if not found:
-        raise DeviceError("; ".join(f"{device}: {why}" for device, why in unusable.items()))
+        raise _nothing(unusable)
     if unusable:  # libcuda does not start where it sees a GPU that is lost
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(one.info.uuid for one in found)
     return found
+
+
+def _nothing(unusable: Mapping[str, str]) -> DeviceError:
+    """No device is left to share."""
+    if len(unusable) == 1:
+        return DeviceError(*unusable.values())
+    return DeviceError("; ".join(f"{device}: {why}" for device, why in unusable.items()))
 
 
 class NoCluster(Exception):

@@ -11,13 +11,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
-from valve_agent.devices.base import DeviceInfo, DeviceMissing
+from valve_agent.devices.base import DeviceError, DeviceInfo, DeviceMissing
 from valve_agent.devices.cpu.inventory import CpuInventory
 from valve_agent.devices.cpu.memory import check_fits_machine
 from valve_agent.wire import Device
 from valve_api.settings import EffectiveSettings
+
+if TYPE_CHECKING:
+    from valve_agent.devices.nvidia.probe import Choice
 
 Emit = Callable[..., None]
 SettingsOf = Callable[[int | None], EffectiveSettings]
@@ -51,7 +55,25 @@ def cpu_parts(settings_of: SettingsOf) -> Parts:
     return Parts(Device.CPU, "cpu", settings, machine)
 
 
-def nvidia_numbers(wanted: str) -> list[int]:
+def nvidia_parts(settings_of: SettingsOf, gpus: str, commit: str, unusable: dict[str, str]) -> list[Parts]:
+    """Of the GPUs that `gpus` names (see _numbers), as far as they can be shared; `unusable` gets the others,
+    and why. `commit`: see plan.Commit. Raises PolicyError; DeviceError: no driver, no such GPU."""
+    from valve_agent.devices.nvidia import probe
+
+    @cache
+    def choose(route: str) -> probe.Choice:
+        return probe.choose(route, commit)  # the same for every GPU: one driver answers
+
+    found = []
+    for number in _numbers(gpus):
+        try:
+            found.append(_of_gpu(settings_of, number, choose))
+        except DeviceError as error:
+            unusable[f"GPU {number}"] = str(error)
+    return found
+
+
+def _numbers(wanted: str) -> list[int]:
     """The GPUs to share, as NVML counts them: `all`, or numbers with commas. Raises DeviceMissing."""
     from valve_agent.devices.nvidia.inventory import NvidiaInventory
 
@@ -69,17 +91,15 @@ def nvidia_numbers(wanted: str) -> list[int]:
     return sorted({int(word) for word in words})
 
 
-def nvidia_parts(settings_of: SettingsOf, number: int, commit: str = "none") -> Parts:
-    """GPU `number`; `commit`: see plan.Commit. Raises PolicyError, DeviceError: no driver, no such GPU, or no
-    route that the policy allows."""
-    from valve_agent.devices.nvidia import probe
+def _of_gpu(settings_of: SettingsOf, number: int, choose: Callable[[str], Choice]) -> Parts:
+    """Raises PolicyError, DeviceError: also where no route works that the policy allows."""
     from valve_agent.devices.nvidia.inventory import NvidiaInventory
 
     inventory = NvidiaInventory()
     try:
         info = inventory.device(number)
         settings = settings_of(info.memory_bytes)
-        choice = probe.choose(settings.route, commit)
+        choice = choose(settings.route)
         inventory.watch(number)
     except BaseException:
         inventory.close()
