@@ -150,7 +150,7 @@ class Agent:
                 if self.limits is not None:
                     self.limits.refresh()
                 if isinstance(frame, wire.Want):
-                    self._emit_for(process, "want", total=frame.total, urgent=frame.urgent, level="debug")
+                    self.emit_for(process, "want", total=frame.total, urgent=frame.urgent, level="debug")
                     self.pool.on_want(holder, frame.total)
                     return
                 if isinstance(frame, wire.Return):
@@ -257,7 +257,7 @@ class Agent:
         self.send_to(process, wire.Grant(id=0, at_ns=self._clock(), set=wire.Bitmap.from_int(mask)))
 
     def kill(self, holder: Holder, why: str) -> None:
-        self._kill(self.arenas.process_of(holder), why)
+        self.kill_process(self.arenas.process_of(holder), why)
 
     def emit(self, event: str, *, level: str = "info", **fields: object) -> None:
         self.events.emit(event, level=level, **fields)
@@ -352,7 +352,7 @@ class Agent:
             set_slice(connection.peer.pid, SLICE_NS)
         self._by_connection[connection.id] = process
         connection.kind = Kind.RUNTIME
-        self._emit_for(process, "attach", role=tenant.role.name.lower(), helper=helper, comm=process.comm)
+        self.emit_for(process, "attach", role=tenant.role.name.lower(), helper=helper, comm=process.comm)
         doorbell_fd = self.siblings.common_doorbell_fd if others else self.gate.doorbell_fd
         fds = [page_fd, doorbell_fd] if tenant.role == Role.ONLINE else [page_fd]
         connection.send(
@@ -417,7 +417,7 @@ class Agent:
         self.gate.remove(link.connection)
         for other in process.others:
             other.remove_guest(link.connection)
-        self._emit_for(process, "detach", why=why)
+        self.emit_for(process, "detach", why=why)
 
     def add_guest(self, connection: int, process: Process, page_fd: int) -> None:
         """An engine of another device's agent computes here too: it is busy for both. Raises GateError."""
@@ -439,18 +439,12 @@ class Agent:
         self.arenas.release(process)
         self.registry.process_gone(process)
         os.close(process.pidfd)
-        self._emit_for(process, "gone")
+        self.emit_for(process, "gone")
 
     def _forget(self, process: Process) -> None:
         self.server.unwatch(process.pidfd)
         self.registry.process_gone(process)
         os.close(process.pidfd)
-
-    def _kill(self, process: Process, why: str) -> None:
-        self._emit_for(process, "kill", level="error", why=why)
-        _kill(process.pidfd)
-        if process.link is not None and process.link.helper_pidfd is not None:
-            _kill(process.link.helper_pidfd)
 
     # Time and the gate ------------------------------------------------------------------------------
 
@@ -484,9 +478,9 @@ class Agent:
         if fault is None:
             return
         if process.tenant.role == Role.ONLINE:  # it never dies of Valve (P5)
-            self._emit_for(process, "overuse", level="warning", why=fault)
+            self.emit_for(process, "overuse", level="warning", why=fault)
         else:
-            self._kill(process, fault)
+            self.kill_process(process, fault)
 
     def _on_gate(self) -> None:
         try:
@@ -567,15 +561,15 @@ class Agent:
             self.server.connections[process.link.connection].send(frame)
 
     def kill_process(self, process: Process, why: str) -> None:
-        self._kill(process, why)
-
-    def emit_for(self, process: Process, event: str, *, level: str = "info", **fields: object) -> None:
-        self._emit_for(process, event, level=level, **fields)
+        self.emit_for(process, "kill", level="error", why=why)
+        _kill(process.pidfd)
+        if process.link is not None and process.link.helper_pidfd is not None:
+            _kill(process.link.helper_pidfd)
 
     def now_ns(self) -> int:
         return self._clock()
 
-    def _emit_for(self, process: Process, event: str, *, level: str = "info", **fields: object) -> None:
+    def emit_for(self, process: Process, event: str, *, level: str = "info", **fields: object) -> None:
         self.events.emit(event, level=level, tenant=process.tenant.name, pid=process.pid, **fields)
 
 
