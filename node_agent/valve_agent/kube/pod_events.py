@@ -29,7 +29,7 @@ from valve_agent.policy.rate import RateLimit
 
 COMPONENT = "valve-agent"
 PER_MINUTE = 60
-AGAIN_S = 60.0
+AGAIN_NS = 60_000_000_000
 REMEMBERED_MAX = 1024
 NOTE_MAX = 1024
 REASONS = {
@@ -57,7 +57,7 @@ class PodEvents:
         node: str,
         pod_of: Callable[[int], Pod | None],
         *,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], int] = time.monotonic_ns,
     ) -> None:
         """`pod_of`: whose container a process is in; None for one of no pod."""
         self.error = ""
@@ -67,8 +67,8 @@ class PodEvents:
         self._pod_of = pod_of
         self._clock = clock
         self._pods: OrderedDict[int, Pod] = OrderedDict()
-        self._told: OrderedDict[tuple[str, str], float] = OrderedDict()
-        self._limit = RateLimit(PER_MINUTE, PER_MINUTE, time.monotonic_ns())
+        self._told: OrderedDict[tuple[str, str], int] = OrderedDict()
+        self._limit = RateLimit(PER_MINUTE, PER_MINUTE, clock())
         self._queue: queue.SimpleQueue[tuple[Pod, str, str] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._loop, name="valve-pod-events", daemon=True)
 
@@ -95,7 +95,7 @@ class PodEvents:
 
     def _may_tell(self, pod: Pod, reason: str) -> bool:
         now, key = self._clock(), (pod.uid, reason)
-        if now - self._told.get(key, now - AGAIN_S) < AGAIN_S or not self._limit.allow(time.monotonic_ns()):
+        if now - self._told.get(key, now - AGAIN_NS) < AGAIN_NS or not self._limit.allow(now):
             return False
         _put(self._told, key, now)
         return True

@@ -39,7 +39,7 @@ class Node:
             self.server,
             "node-1",
             lambda pid: self.pods.get(pid),
-            clock=lambda: self.now,  # type: ignore[arg-type]
+            clock=lambda: int(self.now * 1e9),  # type: ignore[arg-type]
         )
         self.events.start()
 
