@@ -106,22 +106,23 @@ class Node:
     def close(self) -> None:
         self.agent.stop()
 
-    def tenant(self, workload: str, name: str) -> Actor:
-        """A Python process under `valve run` that does as it is told."""
-        return self.machine.actor(*valve_run(self.agent.socket, self.bundle, workload, name, []))
+    def tenant(self, workload: str, name: str, *, sees: str | None = None) -> Actor:
+        """A Python process under `valve run` that does as it is told. `sees`: its CUDA_VISIBLE_DEVICES."""
+        visible = [] if sees is None else ["env", f"CUDA_VISIBLE_DEVICES={sees}"]
+        return self.machine.actor(*visible, *valve_run(self.agent.socket, self.bundle, workload, name, []))
 
-    def victim(self, name: str = "victim", *, launch: bool = True) -> Actor:
+    def victim(self, name: str = "victim", *, launch: bool = True, sees: str | None = None) -> Actor:
         """An offline process with a kernel that runs for a minute and writes the clock all along."""
-        actor = self.tenant("offline", name)
+        actor = self.tenant("offline", name, sees=sees)
         actor.run(VICTIM)
         if launch:
             actor.run(f"cu.launch('timer_writer', out, {LONG_US})")
             assert advances(actor)
         return actor
 
-    def engine(self, name: str = "engine") -> Actor:
+    def engine(self, name: str = "engine", *, sees: str | None = None) -> Actor:
         """An online process; see `busy` and `idle`."""
-        actor = self.tenant("online", name)
+        actor = self.tenant("online", name, sees=sees)
         actor.run(ENGINE)
         return actor
 

@@ -6,14 +6,12 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from gpu_node import ENGINE, LONG_US, VICTIM, NewNode, Node, advances, busy, comes_to_stand, idle, stands
+from gpu_node import VICTIM, NewNode, Node, advances, busy, comes_to_stand, idle, stands
 
-from fakenv import Actor
-from valve_cli.bench.rig import wait_for
+from valve_cli.bench.rig import valve_run, wait_for
 
 TWO = {"gpus": 2}
 SLAB = 2 << 20
@@ -37,28 +35,6 @@ result = [cu.read64(arena.base + slab * {slab}) & 0xffffffff for slab in sorted(
 """
 
 
-def tenant(node: Node, workload: str, name: str, visible: str) -> Actor:
-    """As `Node.tenant`, for a launcher that lets its command see those GPUs."""
-    return node.machine.actor(
-        "env", f"CUDA_VISIBLE_DEVICES={visible}", sys.executable, "-m", "valve_cli.main", "run", "--workload",
-        workload, "--name", name, "--socket", str(node.agent.socket), "--runtime", str(node.bundle), "--",
-    )  # fmt: skip
-
-
-def victim(node: Node, gpu: int) -> Actor:
-    actor = tenant(node, "offline", f"victim-{gpu}", str(gpu))
-    actor.run(VICTIM)
-    actor.run(f"cu.launch('timer_writer', out, {LONG_US})")
-    assert advances(actor)
-    return actor
-
-
-def engine(node: Node, name: str, visible: str) -> Actor:
-    actor = tenant(node, "online", name, visible)
-    actor.run(ENGINE)
-    return actor
-
-
 def gpus(node: Node) -> list[dict[str, object]]:
     found = node.agent.status()["gpus"]
     assert isinstance(found, list)
@@ -67,8 +43,8 @@ def gpus(node: Node) -> list[dict[str, object]]:
 
 def test_a_busy_engine_stops_offline_on_its_own_gpu_only(new_node: NewNode) -> None:
     node = new_node(TWO)
-    victims = [victim(node, gpu) for gpu in (0, 1)]
-    engines = [engine(node, f"engine-{gpu}", str(gpu)) for gpu in (0, 1)]
+    victims = [node.victim(f"victim-{gpu}", sees=str(gpu)) for gpu in (0, 1)]
+    engines = [node.engine(f"engine-{gpu}", sees=str(gpu)) for gpu in (0, 1)]
     for gpu in (0, 1):
         busy(engines[gpu])
         assert comes_to_stand(victims[gpu])
@@ -83,8 +59,8 @@ def test_a_busy_engine_stops_offline_on_its_own_gpu_only(new_node: NewNode) -> N
 
 def test_an_engine_on_two_gpus_stops_offline_on_both(new_node: NewNode) -> None:
     node = new_node(TWO)
-    victims = [victim(node, gpu) for gpu in (0, 1)]
-    both = engine(node, "both", "0,1")
+    victims = [node.victim(f"victim-{gpu}", sees=str(gpu)) for gpu in (0, 1)]
+    both = node.engine("both", sees="0,1")
     for _ in range(20):  # a ring that one gate took from the other would leave one running
         busy(both)
         assert all(comes_to_stand(one) for one in victims)
@@ -111,7 +87,7 @@ def test_memory_of_each_gpu_is_lent_to_its_own_tenants(new_node: NewNode) -> Non
     node = new_node(TWO)
     found = []
     for gpu in (0, 1):
-        actor = tenant(node, "offline", f"batch-{gpu}", str(gpu))
+        actor = node.tenant("offline", f"batch-{gpu}", sees=str(gpu))
         actor.run(VICTIM)
         found.append(actor.run(ARENA.format(slab=SLAB, value=0xA0 + gpu)))
     assert found == [[0xA0] * 2, [0xA1] * 2]
@@ -122,7 +98,7 @@ def test_memory_of_each_gpu_is_lent_to_its_own_tenants(new_node: NewNode) -> Non
 
 def test_offline_on_a_gpu_that_it_was_not_given_is_ended(new_node: NewNode) -> None:
     node = new_node(TWO)
-    stray = tenant(node, "offline", "stray", "0")
+    stray = node.tenant("offline", "stray", sees="0")
     stray.run("import os; del os.environ['CUDA_VISIBLE_DEVICES']; import driver_api; cu = driver_api.Cuda(1)")
     said = wait_for("the verdict", lambda: node.agent.events("wrong-gpu"), 20)
     assert "was not given" in said[0]["why"]
@@ -135,8 +111,8 @@ def test_a_gpu_that_fell_off_the_bus_does_not_keep_the_others_from_being_shared(
     (left,) = gpus(node)
     assert "0" in str(left["id"])
     assert node.agent.status()["unusable"].keys() == {"GPU 1"}
-    one = victim(node, 0)
-    chat = engine(node, "chat", "0")
+    one = node.victim("victim-0", sees="0")
+    chat = node.engine("chat", sees="0")
     busy(chat)
     assert comes_to_stand(one)
 
@@ -153,10 +129,9 @@ def test_a_launcher_that_is_refused_hears_why(
 ) -> None:
     node = new_node(TWO)
     done = subprocess.run(
-        [*node.machine.prefix(), "env", f"CUDA_VISIBLE_DEVICES={visible}", sys.executable, "-m",
-         "valve_cli.main", "run", "--workload", "offline", "--socket", str(node.agent.socket), "--runtime",
-         str(node.bundle), "--", "true"],
-        capture_output=True, text=True, timeout=60, env=node.machine.environment(),
+        [*node.machine.prefix(), *valve_run(node.agent.socket, node.bundle, "offline", "", ["true"])],
+        capture_output=True, text=True, timeout=60,
+        env={**node.machine.environment(), "CUDA_VISIBLE_DEVICES": visible},
     )  # fmt: skip
     assert done.returncode == 125, description
     assert words in done.stderr
@@ -167,6 +142,6 @@ def test_only_some_gpus_can_be_shared(new_node: NewNode) -> None:
     (left,) = gpus(node)
     status = node.agent.status()
     assert (status["unusable"], status["id"]) == ({}, left["id"])
-    chat, one = engine(node, "chat", "1"), victim(node, 1)
+    chat, one = node.engine("chat", sees="1"), node.victim("victim-1", sees="1")
     busy(chat)
     assert comes_to_stand(one)

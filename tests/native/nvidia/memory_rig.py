@@ -164,6 +164,19 @@ class Rig:
         self.tenants.append(tenant)
         return tenant.begin(slabs)
 
+    def start_kernel(self, tenant: Tenant, slabs: int) -> None:
+        """One that walks all of the first `slabs` of the tenant's arena for a while, and runs on return."""
+        tenant.run(f"cu.launch('touch_pages', arena.base, {slabs} * SLAB, 4096, 7, 200000)")
+        wait_for(
+            "the kernel", lambda: any(c["state"] == "running" for c in self.machine.status()["channels"])
+        )
+
+    def take(self, arena_slabs: int, slabs: int) -> Tenant:
+        """An online tenant that gets so many slabs at once, urgently."""
+        online = self.tenant("online", "chat", slabs=arena_slabs)
+        assert len(online.run(f"result = get({slabs}, urgent=True)")) == slabs
+        return online
+
     def events(self, name: str) -> list[dict[str, Any]]:
         lines = self.events_path.read_text().splitlines() if self.events_path.exists() else []
         return [event for event in map(json.loads, lines) if event["event"] == name]

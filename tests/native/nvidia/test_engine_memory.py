@@ -7,7 +7,7 @@ Everything is the product's but torch: the KV cache is written by kernels and me
 
 from __future__ import annotations
 
-from memory_rig import SLAB, Rig, Tenant, wait_for
+from memory_rig import SLAB, Rig, Tenant
 
 PLUGIN = """
 from valve_runtime import elastic, geometry
@@ -87,10 +87,9 @@ def test_losses_are_known_once_the_outputs_of_the_step_are_there(rig: Rig) -> No
     offline = engine(rig)
     offline.run("cache(32); want(27); get(7)")
     offline.run("for block in range(1, 28): write(block, 100 + block)")
-    offline.run("cu.launch('touch_pages', arena.base, 7 * SLAB, 4096, 7, 200000); early = drain()")
-    wait_for("the kernel", lambda: any(c["state"] == "running" for c in rig.machine.status()["channels"]))
-    online = rig.tenant("online", "chat", slabs=8)
-    assert len(online.run("result = get(5, urgent=True)")) == 5
+    rig.start_kernel(offline, 7)
+    offline.run("early = drain()")
+    online = rig.take(8, 5)
     online.run("for s in held: put(s, 0xB0 + s)")
     offline.run("cu.synchronize(); lost_blocks = drain(); again = drain()")
     lost = offline.run("result = lost_blocks")

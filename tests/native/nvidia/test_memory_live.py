@@ -51,10 +51,8 @@ def test_a_running_kernel_is_taken_from_by_the_real_agent(live: LiveRig) -> None
     got = offline.run("result = get(18)")
     assert len(got) == 18, "60 % of 64 MiB, less the reservation"
     offline.run("for s in held: put(s, 0xA0 + s)")
-    offline.run("cu.launch('touch_pages', arena.base, 18 * SLAB, 4096, 7, 200000)")
-    wait_for("the kernel", lambda: any(c["state"] == "running" for c in live.machine.status()["channels"]))
-    online = live.tenant("online", "chat", slabs=19)
-    assert len(online.run("result = get(10, urgent=True)")) == 10
+    live.start_kernel(offline, 18)
+    online = live.take(19, 10)
     assert online.run("result = [see(s) for s in sorted(held)]") == [0] * 10
     online.run("for s in held: put(s, 0xB0 + s)")
     offline.run("poll(); cu.synchronize()")

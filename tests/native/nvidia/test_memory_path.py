@@ -62,10 +62,8 @@ def test_a_kernel_that_is_taken_from_in_the_middle_meets_no_fault(rig: Rig) -> N
     is not as it would be."""
     offline = rig.tenant("offline", "batch", slabs=8)
     offline.run("get(7)")
-    offline.run("cu.launch('touch_pages', arena.base, 7 * SLAB, 4096, 7, 200000)")
-    wait_for("the kernel", lambda: any(c["state"] == "running" for c in rig.machine.status()["channels"]))
-    online = rig.tenant("online", "chat", slabs=8)
-    assert len(online.run("result = get(5, urgent=True)")) == 5
+    rig.start_kernel(offline, 7)
+    online = rig.take(8, 5)
     online.run("for s in held: put(s, 0xB0 + s)")
     offline.run("poll(); cu.synchronize()")
     assert online.run("result = [see(s) for s in sorted(held)]") == [0xB0 + s for s in range(5)]
