@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from valve_runtime.elastic import ArenaRefused, EngineUnsupported
+
 ENGINE_DEVICES = {"cpu": "cpu", "nvidia": "cuda"}
 """What torch calls the device of an agent."""
 
@@ -36,6 +38,16 @@ def mismatch(agent: str, engine: str) -> str:
         f"start the agent with `valve agent --device {wanted}`, or run the engine on "
         f"{ENGINE_DEVICES.get(agent, agent)}"
     )
+
+
+def await_agent(valve: Any, engine: str, timeout_ms: int) -> None:
+    """Wait for the agent of this process (`valve`: _lib.Valve), and see that it serves the engine's device.
+    Raises ArenaRefused if it does not answer, EngineUnsupported."""
+    if not valve.attach(timeout_ms):
+        raise ArenaRefused("the agent does not answer; is `valve agent` running?")
+    why_not = mismatch(valve.device(), engine)
+    if why_not:
+        raise EngineUnsupported(why_not)
 
 
 @contextmanager

@@ -34,7 +34,6 @@ from valve_runtime.elastic import (
     COUNT_RECOMPUTED_TOKENS,
     COUNT_REQUESTS,
     COUNT_TOKENS,
-    ArenaRefused,
     DecodeGap,
     Demand,
     DemandSettings,
@@ -46,7 +45,7 @@ from valve_runtime.elastic import (
     drain_events,
 )
 from valve_runtime.torch_arena import on_arena
-from valve_runtime.torch_device import current, mismatch
+from valve_runtime.torch_device import await_agent, current
 
 logger = logging.getLogger("valve.transformers")
 
@@ -142,11 +141,7 @@ class Adapter:
 
     def _open_arena(self, device: Any) -> Any:
         timeout_ms = 3_000 if self._settings.urgent else 30_000
-        if not self._valve.attach(timeout_ms):
-            raise ArenaRefused("the agent does not answer; is `valve agent` running?")
-        why_not = mismatch(self._valve.device(), device.type)
-        if why_not:
-            raise EngineUnsupported(why_not)
+        await_agent(self._valve, device.type, timeout_ms)
         with current(device):
             return self._valve.arena_open(0, timeout_ms)
 

@@ -37,10 +37,9 @@ from valve_runtime.elastic import (
     ArenaRefused,
     DecodeGap,
     DemandSettings,
-    EngineUnsupported,
     RuntimeFault,
 )
-from valve_runtime.torch_device import current, mismatch
+from valve_runtime.torch_device import await_agent, current
 from valve_runtime.vllm_kv import Backing, KvTenant
 
 logger = logging.getLogger("valve.vllm")
@@ -401,11 +400,7 @@ class Plugin:
         """Bytes for the KV cache: the arena's where there is one, else ``nbytes``."""
         timeout_ms = 3_000 if self.online else 30_000
         try:
-            if not self.valve.attach(timeout_ms):
-                raise ArenaRefused("the agent does not answer; is `valve agent` running?")
-            why_not = mismatch(self.valve.device(), self.device)
-            if why_not:
-                raise EngineUnsupported(f"{why_not}.")
+            await_agent(self.valve, self.device, timeout_ms)
             why_not = vllm_device.obstacle(worker)
             if why_not:
                 logger.warning("valve: %s: the KV cache stays static and is not shared", why_not)
