@@ -29,7 +29,7 @@ from e2e.cluster.kubectl import Kubectl
 from e2e.cluster.node import FakeDriver
 from e2e.cluster.processes import wait_for
 from e2e.scenarios.kubernetes import product
-from e2e.scenarios.kubernetes.tenants import PROGRAMS
+from e2e.scenarios.kubernetes.tenants import PROGRAMS, mounted
 
 GPU_MIB = 2048
 UUIDS = [f"GPU-66616b65-6e76-2d67-7075-2d75756964{number:02x}" for number in range(2)]
@@ -115,17 +115,9 @@ def manifest(
     """A pod with Python and the actor; nothing in it names a GPU, a device file or a library. With `driver`,
     a folder of libraries, it takes all of that by itself: a privileged one."""
     base = sys.base_prefix
-    folders = [place for place in dict.fromkeys(("/usr", base, str(PROGRAMS))) if place == "/usr" or
-               not place.startswith("/usr/")]  # fmt: skip
-    mounts = [{"name": f"host-{i}", "mountPath": place, "readOnly": True} for i, place in enumerate(folders)]
-    volumes = [
-        {"name": f"host-{i}", "hostPath": {"path": place, "type": "Directory"}}
-        for i, place in enumerate(folders)
-    ]
+    mounts, volumes = mounted(["/usr", base, str(PROGRAMS), *([str(driver)] if driver else [])])
     container: dict[str, Any] = {}
     if driver is not None:
-        mounts.append({"name": "driver", "mountPath": str(driver), "readOnly": True})
-        volumes.append({"name": "driver", "hostPath": {"path": str(driver), "type": "Directory"}})
         env = [{"name": "LD_LIBRARY_PATH", "value": str(driver)}]
         container = {"securityContext": {"privileged": True}, "env": env}
     command = [f"{base}/bin/python3", "-S", str(PROGRAMS / "gpu_actor.py"), str(PORT)]

@@ -14,7 +14,7 @@ import os
 import subprocess
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -41,17 +41,22 @@ def machine_folders() -> tuple[str, ...]:
         [ENGINES / "bin/python", "-c", "import sys; print(sys.base_prefix)"],
         capture_output=True, text=True, check=True,
     ).stdout.strip()  # fmt: skip
-    found = ["/usr", base, str(ENGINES.resolve()), str(MODEL.resolve()), str(PROGRAMS)]
-    return tuple(place for place in dict.fromkeys(found) if place == "/usr" or not place.startswith("/usr/"))
+    return ("/usr", base, str(ENGINES.resolve()), str(MODEL.resolve()), str(PROGRAMS))
+
+
+def mounted(folders: Iterable[str]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """(volumeMounts, volumes) that show folders of this machine, /usr among them, at the paths they have."""
+    mounts, volumes = [], []
+    for number, place in enumerate(dict.fromkeys(folders)):
+        if place.startswith("/usr/"):
+            continue  # it is there
+        mounts.append({"name": f"host-{number}", "mountPath": place, "readOnly": True})
+        volumes.append({"name": f"host-{number}", "hostPath": {"path": place, "type": "Directory"}})
+    return mounts, volumes
 
 
 def pod(namespace: str, name: str, command: list[str], annotations: Mapping[str, str]) -> dict[str, Any]:
-    folders = machine_folders()
-    mounts = [{"name": f"host-{i}", "mountPath": place, "readOnly": True} for i, place in enumerate(folders)]
-    volumes = [
-        {"name": f"host-{i}", "hostPath": {"path": place, "type": "Directory"}}
-        for i, place in enumerate(folders)
-    ]
+    mounts, volumes = mounted(machine_folders())
     return {
         "apiVersion": "v1", "kind": "Pod",
         "metadata": {"name": name, "namespace": namespace, "annotations": dict(annotations)},
