@@ -101,10 +101,10 @@ class Cluster:
         for node in self.nodes:
             node.load_image(archive)
 
-    def log_tails(self, lines: int = 20) -> str:
+    def log_tails(self, lines: int, width: int | None = None) -> str:
         """The ends of every log, for a failed test's report."""
         files = sorted(self.logs.rglob("*.log"))
-        return "\n".join(f"--- {file.relative_to(self.logs)}\n{tail(file, lines)}" for file in files)
+        return "\n".join(f"--- {file.relative_to(self.logs)}\n{tail(file, lines, width)}" for file in files)
 
     def close(self) -> None:
         """End everything; nodes first, for the hub's janitor removes their folders."""

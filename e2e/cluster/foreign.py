@@ -38,9 +38,10 @@ class ForeignCluster:
         name = self.context.removeprefix("kind-")
         subprocess.run([kind, "load", "image-archive", str(archive), "--name", name], check=True)
 
-    def log_tails(self) -> str:
+    def log_tails(self, lines: int, width: int | None = None) -> str:
         """What can be had without the machine: the latest events."""
-        return self.kubectl("get", "events", "-A", "--sort-by=.lastTimestamp")[-8000:]
+        events = self.kubectl("get", "events", "-A", "--sort-by=.lastTimestamp").splitlines()
+        return "\n".join(event[:width] for event in events[-lines:])
 
     def close(self) -> None:
         """Nothing here is ours."""

@@ -23,14 +23,16 @@ from e2e.cluster.errors import ClusterError, MissingError, StartError
 
 SUPERVISOR = Path(__file__).with_name("supervisor.py")
 POLL_S = 0.02
+CLOSE_S = 120
+"""For the end of every process and the removal of a cluster's files: half a gigabyte, on a busy machine."""
 ENVIRONMENT = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root"}
 """What programs of the cluster see: nothing of the test's own environment."""
 
 
-def tail(path: Path, lines: int = 30) -> str:
+def tail(path: Path, lines: int = 30, width: int | None = None) -> str:
     if not path.exists():
         return "(no log)"
-    return "\n".join(path.read_text(errors="replace").splitlines()[-lines:])
+    return "\n".join(line[:width] for line in path.read_text(errors="replace").splitlines()[-lines:])
 
 
 def wait_for(what: str, ready: Callable[[], bool], timeout_s: float) -> None:
@@ -115,10 +117,10 @@ class Supervisor:
             if pipe and not pipe.closed:
                 pipe.close()
         try:
-            code = self._process.wait(30)
+            code = self._process.wait(CLOSE_S)
         except subprocess.TimeoutExpired:
             self._process.terminate()
-            code = self._process.wait(30)
+            code = self._process.wait(CLOSE_S)
         if code and self._errors.exists():
             raise ClusterError(f"the cluster did not end cleanly ({code}):\n{tail(self._errors)}")
 

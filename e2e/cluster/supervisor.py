@@ -90,6 +90,7 @@ class Init:
         pid = os.fork()
         if pid:
             self.running.add(pid)
+            self.returncodes.pop(pid, None)  # of an earlier process with this PID
             return {"pid": pid}
         try:
             os.setsid()
@@ -132,8 +133,7 @@ class Init:
         deadline = time.monotonic() + CLEAN_UP_S
         while time.monotonic() < deadline:
             for pid in [-1] if os.getpid() == 1 else children():
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+                kill(pid)
             try:
                 os.waitpid(-1, 0)
             except ChildProcessError:
@@ -157,6 +157,11 @@ def run_init(arguments: argparse.Namespace, pid: int) -> None:
         init.serve()
     finally:
         init.kill_all()
+
+
+def kill(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError):  # it has ended
+        os.kill(pid, signal.SIGKILL)
 
 
 def remove_cgroups(name: str) -> None:
@@ -194,7 +199,7 @@ def main() -> int:
         run_init(arguments, int(os.read(read, 32)))
         return 0
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: os.kill(child, signal.SIGKILL))
+    signal.signal(signal.SIGTERM, lambda *_: kill(child))
     os.write(write, str(child).encode())
     sys.stdin.close()
     sys.stdout.close()

@@ -153,5 +153,9 @@ def pytest_runtest_makereport(
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
     if report.failed and running:
-        report.sections.append(("cluster logs", running[-1].log_tails()))
+        kept = ROOT / "build/failures" / f"{item.name}.log"
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        kept.write_text(running[-1].log_tails(lines=500))
+        brief = running[-1].log_tails(lines=2, width=200)
+        report.sections.append((f"cluster logs; more of them in {kept.relative_to(ROOT)}", brief))
     return report
