@@ -84,7 +84,6 @@ def groups() -> tuple[Group, ...]:
             ldflags=("-s", "-w", "-X=github.com/containerd/containerd/v2/version.Version=v2.2.7"),
         ),
         Group("helm", ("helm.sh/helm/v4/cmd/helm@v4.2.4",)),
-        Group("kwok", ("sigs.k8s.io/kwok/cmd/kwok@v0.8.0",)),
         Group("kubeconform", ("github.com/yannh/kubeconform/cmd/kubeconform@v0.7.0",)),
         Group("kube-score", ("github.com/zegl/kube-score/cmd/kube-score@v1.20.0",)),
     )

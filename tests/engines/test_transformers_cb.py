@@ -34,6 +34,6 @@ def test_outputs_survive_reclaims(
     with Engine("engine", command, environment({"VALVE_FAULT": fault}), tmp_path / "engine.log") as engine:
         assert engine.answer()["tenant"]
         calm = engine.ask("generate", **request)["tokens"]
-        disturbed = generate_disturbed(engine, thief, 92, times=5, **request)["tokens"]
+        disturbed = generate_disturbed(engine, thief, agent, 92, times=4, **request)["tokens"]
     assert reclaims_in_use(agent.events()) >= 2, "the test did not take memory in use"
     assert (disturbed == calm) is same

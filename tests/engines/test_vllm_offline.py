@@ -37,7 +37,7 @@ def run_twice(
         assert reclaims_in_use(agent.events()) == 0
         if preamble:  # or the second run would find every prompt in the prefix cache
             assert engine.ask("reset")["reset"], "the prefix cache cannot be reset while blocks are withdrawn"
-        disturbed = generate_disturbed(engine, thief, 80, times=8, **request)["tokens"]
+        disturbed = generate_disturbed(engine, thief, agent, 80, times=6, **request)["tokens"]
     return calm, disturbed
 
 
