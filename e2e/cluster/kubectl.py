@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,12 @@ class Refused(ClusterError):
     def __init__(self, command: Sequence[str], sentence: str) -> None:
         super().__init__(f"kubectl {' '.join(command)}: {sentence}")
         self.sentence = sentence
+
+
+def is_ready(found: Mapping[str, Any]) -> bool:
+    """Whether an object's condition Ready is True: a Node's, a Pod's, a ColocationPolicy's."""
+    conditions = found["status"].get("conditions", [])
+    return {condition["type"]: condition["status"] for condition in conditions}.get("Ready") == "True"
 
 
 class Kubectl:
@@ -66,7 +72,7 @@ class Kubectl:
         return found
 
     def until(
-        self, what: str, arguments: Sequence[str], ready: Callable[[Object], bool], timeout_s: float = 60
+        self, what: str, arguments: Sequence[str], ready: Callable[[Object], bool], timeout_s: float = 120
     ) -> Object:
         """Poll `get ARGUMENTS` until `ready(object)`; an object that does not exist yet is not ready.
 

@@ -21,6 +21,7 @@ from e2e.cluster import cgroups
 from e2e.cluster.control_plane import ControlPlane
 from e2e.cluster.errors import ClusterError
 from e2e.cluster.images import small
+from e2e.cluster.kubectl import is_ready
 from e2e.cluster.network import Network
 from e2e.cluster.processes import Program, Supervisor, tail
 from e2e.cluster.programs import cni_plugins, kube, program, system_program
@@ -200,10 +201,7 @@ class Node:
         for running in (self.containerd, self.kubelet):
             if (code := running.returncode()) is not None:
                 raise ClusterError(f"{self.name}: {running.name} ended with {code}:\n{tail(running.log)}")
-        conditions = {
-            condition["type"]: condition["status"] for condition in node["status"].get("conditions", [])
-        }
-        return conditions.get("Ready") == "True" and not node["spec"].get("taints")
+        return is_ready(node) and not node["spec"].get("taints")
 
     def load_image(self, archive: Path) -> None:
         """Import a docker-archive tar."""

@@ -136,7 +136,7 @@ class PluginRig:
                 return False
             return True
 
-        wait_for("the kubelet answers", answers, 30)
+        wait_for("the kubelet answers", answers, 60)
 
     def start_kubelet(self, start: Callable[[], None] | None = None) -> None:
         """Start it (or do what does so); returns when it answers and knows the plugin, if that runs.
@@ -147,7 +147,7 @@ class PluginRig:
         (start or self.node.start_kubelet)()
         self.kubelet_ready()
         if self.plugin.returncode() is None:
-            wait_for("both resources are registered", lambda: self._logged(REGISTERED) >= count + 2, 30)
+            wait_for("both resources are registered", lambda: self._logged(REGISTERED) >= count + 2, 60)
 
     def reboot(self) -> None:
         """The node comes back without the device plugin, with an agent; returns when the kubelet answers."""
@@ -199,7 +199,7 @@ class PluginRig:
 
     def until_devices(self, namespace: str, pod: str, held: dict[str, list[str]]) -> None:
         """Wait until the kubelet keeps exactly these; one that has just started lists pods a little later."""
-        wait_for(f"{pod} holds {held}", lambda: self.devices(namespace, pod) == held, 20)
+        wait_for(f"{pod} holds {held}", lambda: self.devices(namespace, pod) == held, 60)
 
     def ledger(self) -> dict[str, Any]:
         """The plugin's published allocations, fresh."""
@@ -236,7 +236,7 @@ class PluginRig:
         def text() -> str:
             return self.kubectl("logs", name, "-n", namespace, "-c", container)
 
-        wait_for(f"{name} said what it got", lambda: "end" in text().splitlines(), 20)
+        wait_for(f"{name} said what it got", lambda: "end" in text().splitlines(), 60)
         return dict(line.split("=", 1) for line in text().splitlines() if "=" in line)
 
     def restart_container(self, namespace: str, name: str) -> None:

@@ -7,7 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from e2e.cluster.kubectl import Kubectl, Refused
+from e2e.cluster.images import small
+from e2e.cluster.kubectl import Kubectl, Refused, is_ready
 from e2e.cluster.node import Node
 from e2e.cluster.processes import wait_for
 from e2e.scenarios.kubernetes import tenants
@@ -94,6 +95,17 @@ class Shop:
         """The device, as the node's status tells it."""
         found: dict[str, Any] = self.kubectl.get("colonode", self.node.name)["status"]["gpus"][0]
         return found
+
+    def settle(self) -> None:
+        """After the API was away: wait until the kubelet hears of changes again, which takes it up to a
+        minute, and the API calls both pods Ready. An eviction before that is the cluster's own race: a
+        budget that was counted from memory lets a pod go that the node controller has called not ready."""
+        probe = ["pod", "probe", "-n", NAMESPACE]
+        self.kubectl("run", *probe[1:], f"--image={small.BUSYBOX}", "--restart=Never", "--", "true")
+        self.kubectl.until("a new pod runs", probe, lambda pod: pod["status"].get("phase") == "Succeeded")
+        self.kubectl("delete", *probe)
+        for name in self.pods:
+            self.kubectl.until(f"{name} is Ready", ["pod", name, "-n", NAMESPACE], is_ready)
 
     def untouched(self) -> None:
         """Both pods are the ones that were started, never restarted."""

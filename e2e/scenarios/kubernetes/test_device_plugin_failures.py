@@ -80,7 +80,7 @@ def test_list_fails_immediately(rig: PluginRig) -> None:
     rig.restart_kubelet()
     rig.start_plugin()
     sock = rig.node.path(PLUGINS) / "valve-offline.sock"
-    wait_for("the plugin's socket", sock.exists, 20)
+    wait_for("the plugin's socket", sock.exists, 60)
     rig.plugin.signal(signal.SIGKILL)  # between Register and the first list, or soon after
     rig.plugin.wait(10)
     rig.kubectl.until("nothing to allocate", ["node", rig.node.name], lambda node: not _allocatable(node))
@@ -106,7 +106,7 @@ def test_socket_lost(rig: PluginRig) -> None:
     sock = rig.node.path(PLUGINS) / "valve-offline.sock"
     old = sock.stat().st_ctime_ns  # its inode number may come back
     sock.unlink()
-    wait_for("a new socket", lambda: sock.exists() and sock.stat().st_ctime_ns != old, 20)
+    wait_for("a new socket", lambda: sock.exists() and sock.stat().st_ctime_ns != old, 60)
     rig.until_offline(MEMORY_GIB * len(GPUS), TOTAL)
     assert rig.plugin.returncode() is None
 

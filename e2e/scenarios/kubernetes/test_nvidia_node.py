@@ -20,7 +20,7 @@ import pytest
 
 import fakenv
 from e2e.cluster.cluster import Cluster
-from e2e.cluster.kubectl import Kubectl
+from e2e.cluster.kubectl import Kubectl, is_ready
 from e2e.cluster.processes import wait_for
 from e2e.scenarios.kubernetes import gpu_rig, product
 from e2e.scenarios.kubernetes.gpu_rig import OFFLINE, ONLINE, UUIDS, GpuPod
@@ -99,11 +99,7 @@ def replace_agent(kubectl: Kubectl) -> None:
 
 
 def test_the_policy_is_ready_and_the_node_says_its_gpu(gpu_cluster: Cluster, kubectl: Kubectl) -> None:
-    def ready(policy: dict[str, Any]) -> bool:
-        conditions = policy["status"]["conditions"]
-        return any((entry["type"], entry["status"]) == ("Ready", "True") for entry in conditions)
-
-    kubectl.until("the policy is Ready", ["colo", "gpus"], ready)
+    kubectl.until("the policy is Ready", ["colo", "gpus"], is_ready)
     gpus = kubectl.get("colonode", gpu_cluster.nodes[0].name)["status"]["gpus"]
     said = [(gpu["id"], gpu["model"], gpu["route"]) for gpu in gpus]
     assert said == [(uuid, "NVIDIA Fake GPU", "agent") for uuid in UUIDS]

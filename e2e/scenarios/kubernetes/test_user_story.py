@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from e2e.cluster.kubectl import is_ready
 from e2e.scenarios.kubernetes import shop as shops
 from e2e.scenarios.kubernetes import tenants
 from e2e.scenarios.kubernetes.shop import Shop
@@ -72,11 +73,7 @@ def test_memory_is_taken_and_the_output_is_the_same(shop: Shop) -> None:
 
 
 def test_kubectl_tells_it(shop: Shop) -> None:
-    def ready(policy: dict[str, Any]) -> bool:
-        conditions = policy["status"]["conditions"]
-        return any((entry["type"], entry["status"]) == ("Ready", "True") for entry in conditions)
-
-    shop.kubectl.until("the policy is Ready", ["colo", "e2e"], ready)
+    shop.kubectl.until("the policy is Ready", ["colo", "e2e"], is_ready)
     workloads = {tenant["name"]: tenant["workload"] for tenant in shop.gpu()["tenants"]}
     assert workloads == {f"{shops.NAMESPACE}/serve": "online", f"{shops.NAMESPACE}/batch": "offline"}
     policy, node = shop.kubectl("get", "colo").splitlines(), shop.kubectl("get", "colonode").splitlines()

@@ -108,6 +108,7 @@ def test_online_never_notices_that_the_api_is_down(shop: Shop, cluster: Cluster)
 
 def test_online_never_notices_a_drain(shop: Shop) -> None:
     """A disruption budget keeps the online pod until another serves; offline leaves at once, even paused."""
+    shop.settle()
     shop.kubectl.apply(BUDGET)
     with Load(shop.address) as load:
         load.more()
