@@ -19,8 +19,10 @@ import pytest
 from engine_process import START_S, environment
 
 from valve_cli.bench.rig import LiveAgent, RigError, valve_run, wait_for
+from valve_cli.demo.loadgen import tokens_of
 
 FLOOR_BLOCKS = 4
+TOKENS = 24
 PROMPT = "Tell me a long story about the sea and the people who live by it. " * 8
 
 
@@ -34,7 +36,7 @@ class Server:
     def request(self, **fields: Any) -> http.client.HTTPResponse:
         """A streamed completion; the response is not read yet and closes its connection with itself."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
-        body = {"model": "m", "prompt": PROMPT, "max_tokens": 24, "temperature": 0, "ignore_eos": True}
+        body = {"model": "m", "prompt": PROMPT, "max_tokens": TOKENS, "temperature": 0, "ignore_eos": True}
         connection.request(
             "POST", "/v1/completions", json.dumps({**body, "stream": True, **fields}),
             {"Content-Type": "application/json", "Connection": "close"},
@@ -117,12 +119,15 @@ def test_busy_idle_and_memory(server: Server, tmp_path: Path) -> None:
     assert len(server.processes()) >= 2, "the API server and the engine core are tenants"
 
     # A request: both processes turn busy once, and memory comes.
-    with server.request(prompt=PROMPT * 5) as response:  # some 600 tokens: 20 blocks of 0.7 MiB
+    prompt = PROMPT * 5  # some 600 tokens: 20 blocks of 0.7 MiB
+    with server.request(prompt=prompt, return_token_ids=True) as response:
         assert response.status == 200
-        response.readline()
+        first_line = response.readline()
         assert all(process["busy"] for process in server.processes())
         assert server.held_slabs() >= floor + 5
-        assert response.read().count(b"data: ") >= 20
+        lines = (first_line + response.read()).splitlines()  # a server that lags sends several tokens in one
+        chunks = [line.removeprefix(b"data: ") for line in lines if line.startswith(b"data: {")]
+        assert sum(len(tokens_of(json.loads(chunk))) for chunk in chunks) == TOKENS
     server.wait_idle()
     once = server.busy_times()
     assert {pid: once[pid] - before.get(pid, 0) for pid in once} == dict.fromkeys(once, 1)
