@@ -345,7 +345,10 @@ class Gate:
             self._kill(target, f"could not be paused for {waited_ms:.0f} ms")
 
     def _kill(self, target: Any, why: str) -> None:
-        signal.pidfd_send_signal(target.pidfd, signal.SIGKILL)
+        try:
+            signal.pidfd_send_signal(target.pidfd, signal.SIGKILL)
+        except ProcessLookupError:
+            return  # it has ended since it was looked at; its pidfd tells so in the next turn
         if target in self._killed:
             return  # it has been told of
         self._killed.add(target)

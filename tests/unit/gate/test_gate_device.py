@@ -9,9 +9,10 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 
 import pytest
-from gate_bench import Bench, set_busy
+from gate_bench import Bench, FakeTarget, set_busy
 
 from valve_agent.gate import RETRY_NS
 
@@ -124,13 +125,19 @@ def test_notes_become_events(bench: Bench) -> None:
     assert [(event["pid"], event["route"]) for event in said] == [(50, "agent")]
 
 
-def test_what_cannot_be_controlled_is_ended(bench: Bench) -> None:
+def child_target(bench: Bench) -> subprocess.Popen[bytes]:
+    """A process of its own under the gate, over connection 2."""
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     fd, _ = bench.page()
     pidfd = os.pidfd_open(child.pid)
     assert bench.call("target", (2, child.pid, True), pidfd, fd) is None
     os.close(pidfd)
     os.close(fd)
+    return child
+
+
+def test_what_cannot_be_controlled_is_ended(bench: Bench) -> None:
+    child = child_target(bench)
     bench.compute.uncontrollable = {child.pid}
     bench.gate._beat_every_ns = 1_000_000
     deadline = time.monotonic() + 20
@@ -139,3 +146,30 @@ def test_what_cannot_be_controlled_is_ended(bench: Bench) -> None:
     assert child.wait(1) == -9
     killed = [event for event in bench.events() if event["event"] == "kill"]
     assert "cannot be controlled: no route" in killed[0]["why"]
+
+
+def test_what_ends_between_the_look_and_the_kill_is_no_error(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its parent reaps it after the gate has seen it run: the signal finds nobody."""
+    child = child_target(bench)
+    bench.compute.refuses_to_stop = {child.pid}
+    looks = 0
+
+    def ends_meanwhile(targets: Sequence[FakeTarget]) -> Sequence[FakeTarget]:
+        nonlocal looks
+        looks += 1
+        child.kill()
+        child.wait()
+        return targets
+
+    monkeypatch.setattr(bench.compute, "running", ends_meanwhile)
+    bench.engine(1, busy=True)
+    deadline = time.monotonic() + 20
+    while not looks and time.monotonic() < deadline:
+        bench.turn()
+    assert looks == 1
+    bench.turn()
+    said = [event["event"] for event in bench.events()]
+    assert "kill" not in said, "it was not the gate that ended it"
+    assert "target_gone" in said
