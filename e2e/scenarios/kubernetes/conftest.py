@@ -155,7 +155,10 @@ def pytest_runtest_makereport(
     if report.failed and running:
         kept = ROOT / "build/failures" / f"{item.name}.log"
         kept.parent.mkdir(parents=True, exist_ok=True)
-        kept.write_text(running[-1].log_tails(lines=500))
+        restarts = product.restarts(running[-1].kubectl)
+        kept.write_text(restarts + running[-1].log_tails(lines=500))
         brief = running[-1].log_tails(lines=2, width=200)
         report.sections.append((f"cluster logs; more of them in {kept.relative_to(ROOT)}", brief))
+        if restarts:
+            report.sections.append(("containers of Valve that were restarted", restarts))
     return report

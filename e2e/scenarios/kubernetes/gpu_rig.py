@@ -101,7 +101,8 @@ def install(cluster: Cluster, folder: Path, values: Path) -> None:
             "extraVolumes": [{"name": "driver", "hostPath": {"path": place, "type": "Directory"}}],
             "extraVolumeMounts": [{"name": "driver", "mountPath": place, "readOnly": True}],
         },
-        "devicePlugin": {"gpuAccess": "cdi"},
+        # this kubelet never restarts: pods that are gone need not count for a minute after its start
+        "devicePlugin": {"gpuAccess": "cdi", "extraArgs": ["--settle=3"]},
     }))  # fmt: skip
     write_cdi_spec(cluster, folder)
     product.install(cluster, POLICY, "nvidia", values, len(UUIDS))

@@ -22,6 +22,7 @@ from e2e.cluster.images import small
 from e2e.cluster.kubectl import Kubectl
 from e2e.cluster.node import Node
 from e2e.cluster.processes import Program, wait_for
+from e2e.scenarios.kubernetes import product
 from valve_api.names import RESOURCE_OFFLINE_MEMORY as OFFLINE
 from valve_api.names import RESOURCE_ONLINE_GPU as ONLINE
 from valve_kubelet import calls
@@ -201,20 +202,15 @@ class PluginRig:
         """Wait until the kubelet keeps exactly these; one that has just started lists pods a little later."""
         wait_for(f"{pod} holds {held}", lambda: self.devices(namespace, pod) == held, 60)
 
-    def ledger(self) -> dict[str, Any]:
+    def allocations(self) -> list[dict[str, Any]]:
         """The plugin's published allocations, fresh."""
-        path = self.node.path("/var/lib/valve/device-plugin/allocations.sock")
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
-            client.settimeout(10)
-            client.connect(str(path))
-            data = b"".join(iter(lambda: client.recv(1 << 16), b""))
-        found: dict[str, Any] = json.loads(data)
-        return found
+        return product.allocations(self.node)
 
     def owners(self) -> set[tuple[str, str, str]]:
-        entries = self.ledger()["allocations"]
         return {
-            (own["namespace"], own["pod"], own["container"]) for entry in entries if (own := entry["owner"])
+            (own["namespace"], own["pod"], own["container"])
+            for entry in self.allocations()
+            if (own := entry["owner"])
         }
 
     # Pods

@@ -12,14 +12,19 @@ from pathlib import Path
 from typing import Any
 
 from e2e.cluster.cluster import Cluster
+from e2e.cluster.errors import ClusterError
 from e2e.cluster.foreign import ForeignCluster
 from e2e.cluster.images import product
+from e2e.cluster.kubectl import Kubectl
+from e2e.cluster.node import Node
 from e2e.cluster.programs import program
+from valve_api.node_socket import read_json
 
 ROOT = Path(__file__).resolve().parents[3]
 NAMESPACE = "valve-system"
 LABEL = "valve.io/e2e"
 NODE_READY_S = 240
+ALLOCATIONS = "/var/lib/valve/device-plugin/allocations.sock"
 POLICY: dict[str, Any] = {
     "apiVersion": "valve.io/v1alpha1",
     "kind": "ColocationPolicy",
@@ -132,3 +137,26 @@ def upgrade(cluster: Cluster, newer: Release) -> None:
 def uninstall(cluster: Cluster | ForeignCluster) -> None:
     cluster.kubectl("delete", "colo", "--all", "--wait=false")
     helm(cluster, "uninstall", "valve", "-n", NAMESPACE, "--wait", "--timeout=90s")
+
+
+def allocations(node: Node) -> list[dict[str, Any]]:
+    """What the device plugin's ledger has given away, fresh."""
+    found: list[dict[str, Any]] = read_json(node.path(ALLOCATIONS), 10)["allocations"]
+    return found
+
+
+def restarts(kubectl: Kubectl) -> str:
+    """Which containers of Valve ended and were started again, with the last they said: for the report of a
+    failed test, which may itself have taken the cluster away."""
+    said = []
+    try:
+        for pod in kubectl.items("pods", "-n", NAMESPACE):
+            name = pod["metadata"]["name"]
+            for status in pod["status"].get("containerStatuses", []):
+                if status["restartCount"]:
+                    said.append(f"--- {name} was restarted: {status['lastState']}")
+                    chosen = (name, "-c", status["name"], "-n", NAMESPACE)
+                    said.append(kubectl("logs", *chosen, "--previous", "--tail=5"))
+    except (ClusterError, subprocess.TimeoutExpired) as error:
+        said.append(f"(nothing more can be asked: {error})")
+    return "\n".join(said)

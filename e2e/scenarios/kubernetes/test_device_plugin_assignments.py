@@ -25,9 +25,7 @@ def test_schedule(rig: PluginRig, namespace: str) -> None:
     assert len({name.split("-")[0] for name in held}) == 1, "a whole request is on one GPU"
     said = rig.said(namespace, "one")
     assert (said["VALVE_MEMORY_GIB"], said["VALVE_GPU"][4:12]) == ("3", held[0].split("-")[0])
-    entries = [
-        entry for entry in rig.ledger()["allocations"] if entry["owner"] and entry["owner"]["pod"] == "one"
-    ]
+    entries = [entry for entry in rig.allocations() if entry["owner"] and entry["owner"]["pod"] == "one"]
     assert [(entry["memory_gib"], sorted(entry["device_ids"])) for entry in entries] == [(3, held)]
 
 
@@ -205,7 +203,7 @@ def test_storm(rig: PluginRig, namespace: str) -> None:
     seen = phases()
     assert set(seen.values()) == {"Running", "Pending"}
     running = [name for name, phase in seen.items() if phase == "Running"]
-    entries = {entry["owner"]["pod"]: entry for entry in rig.ledger()["allocations"] if entry["owner"]}
+    entries = {entry["owner"]["pod"]: entry for entry in rig.allocations() if entry["owner"]}
     ids = [one for name in running for one in rig.devices(namespace, name)["main"]]
     assert len(ids) == len(set(ids)) == TOTAL
     for name in running:

@@ -37,8 +37,12 @@ def kubectl(gpu_cluster: Cluster) -> Kubectl:
 
 
 @pytest.fixture
-def new_pod(kubectl: Kubectl, machine: fakenv.Machine) -> Iterator[NewPod]:
-    """new_pod(name, annotations): a pod that answers; gone at the end of the test."""
+def new_pod(gpu_cluster: Cluster, kubectl: Kubectl, machine: fakenv.Machine) -> Iterator[NewPod]:
+    """new_pod(name, annotations): a pod that answers; gone at the end of the test.
+
+    The device plugin places pods by what others hold; a pod that is gone counts for some seconds more."""
+    (node,) = gpu_cluster.nodes
+    wait_for("earlier pods hold nothing", lambda: not product.allocations(node), PATIENCE_S)
     with ExitStack() as stack:
 
         def make(name: str, annotations: dict[str, str], driver: Path | None = None) -> GpuPod:
