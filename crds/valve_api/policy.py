@@ -135,7 +135,7 @@ class Compute(ApiModel):
     recovery_grace: Annotated[Duration, time_between("300ms", "5m")] = setting(
         Duration("2s"),
         what="After the agent starts, offline stays paused this long so that online engines can reconnect "
-        "and say that they are busy.",
+        "and say that they are busy; likewise, but for 2s at most, after a busy engine loses its connection.",
         why="runtimes retry every 100ms; 2s lets one that was descheduled or is slow to answer come first.",
         unit="time",
     )

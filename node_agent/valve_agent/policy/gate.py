@@ -11,8 +11,8 @@ The rule.  Offline runs if and only if all four hold:
 2. no hold stands (a reclaim in progress holds offline paused);
 3. T_cool has passed since an engine last turned idle or died while busy, where
    T_cool = clamp(cooldown_factor x longest recent decode gap, min, max), fixed at that moment;
-4. recovery_grace has passed since the start: engines reconnect every 100 ms, and until they
-   did, an engine that this gate does not know may be busy.
+4. recovery_grace has passed since the start, and since an engine was lost while busy: engines
+   reconnect every 100 ms, and until they did, one that this gate does not know may be busy.
 
 The state is which engines are busy and which holds stand, both sets, so every event is
 level-triggered: a repeated or unexpected report changes nothing.  An engine that was never
@@ -37,6 +37,9 @@ from math import inf
 GAP_WINDOW_NS = 60_000_000_000
 """How long an idle report's decode gap counts: long enough to bridge a lull in online traffic,
 short enough that one stall does not lengthen every cooldown for long."""
+REJOIN_MAX_NS = 2_000_000_000
+"""An engine that was lost is back sooner than the engines of a node after an agent's start: it alone is waited
+for, and most often it has ended."""
 _GAPS_KEPT = 256  # bounds memory; see _Gaps.add
 
 
@@ -53,7 +56,8 @@ class GatePolicy:
 
     cooldown_factor: multiple of the longest recent decode gap to wait before offline resumes.
     cooldown_min_ns, cooldown_max_ns: bounds of that wait.
-    recovery_grace_ns: how long after ``now_ns`` offline stays paused whatever happens.
+    recovery_grace_ns: how long after ``now_ns``, and up to REJOIN_MAX_NS after a busy engine was
+        lost, offline stays paused whatever happens.
     now_ns: the start, on any monotonic clock; every later ``now`` is on the same one.  A
         ``now`` that is older than one already seen is taken as that one.
     offline_paused: False if offline may be running at the start; then the first call, whatever
@@ -75,6 +79,7 @@ class GatePolicy:
         if recovery_grace_ns < 0:
             raise ValueError(f"recovery_grace_ns is {recovery_grace_ns}; give at least 0")
         self._now_ns = now_ns
+        self._grace_ns = recovery_grace_ns
         self._recovered_ns = now_ns + recovery_grace_ns
         self._cool_ns = now_ns  # when the cooldown in force ends
         self._busy: set[Hashable] = set()
@@ -136,7 +141,11 @@ class GatePolicy:
         return self._decide()
 
     def engine_gone(self, engine: Hashable, now: int) -> Action:
-        """The engine died or disconnected.  If it was busy, its requests ended now."""
+        """The engine died, or lost its connection and will be back with the requests that it has."""
+        self._advance(now)
+        if engine in self._busy:
+            grace_ns = min(self._grace_ns, REJOIN_MAX_NS)
+            self._recovered_ns = max(self._recovered_ns, self._now_ns + grace_ns)
         return self.idle(engine, 0, now)
 
     def hold(self, token: Hashable, now: int) -> Action:

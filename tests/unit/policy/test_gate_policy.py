@@ -65,11 +65,19 @@ STORIES = {
     ],
     "an unknown engine's busy counts": [(200, "busy", ("never joined",), PAUSE)],
     "an unknown engine's end does not": [(200, "engine_gone", ("never joined",), NONE)],
-    "an engine that dies busy: resume after T_cool": [
+    "an engine that is lost busy is given time to come back": [
         (200, "busy", ("a",), PAUSE),
         (300, "engine_gone", ("a",), NONE),
-        (309, "tick", (), NONE),
-        (310, "tick", (), RESUME),
+        (349, "tick", (), NONE),
+        (350, "tick", (), RESUME),
+    ],
+    "and is busy again without a second pause": [
+        (200, "busy", ("a",), PAUSE),
+        (300, "engine_gone", ("a",), NONE),
+        (340, "engine_joined", ("a", True), NONE),
+        (400, "tick", (), NONE),
+        (500, "idle", ("a", 0), NONE),
+        (510, "tick", (), RESUME),
     ],
     "an idle engine that leaves does not disturb offline": [
         (200, "engine_joined", ("a", False), NONE),
@@ -278,6 +286,7 @@ class Interleavings(RuleBasedStateMachine):
         self.held: set[int] = set()
         self.gaps: list[int] = []  # the window is far longer than a test's times
         self.cool_until = 0
+        self.recovered = grace
         self.pauses = 0
         self.unasked = not paused and grace > 0  # the first call has yet to pause
 
@@ -298,7 +307,7 @@ class Interleavings(RuleBasedStateMachine):
             not any(self.requests.values())
             and not self.held
             and self.now >= self.cool_until
-            and self.now >= self.grace
+            and self.now >= self.recovered
         )
         assert self.runs == allowed
         assert all(pauses <= 1 for requests in self.requests.values() for pauses in requests)
@@ -349,6 +358,7 @@ class Interleavings(RuleBasedStateMachine):
         self.now += by
         if self.requests.pop(engine, None):
             self.cool()
+            self.recovered = max(self.recovered, self.now + self.grace)
         self.answer(self.gate.engine_gone(engine, self.now))
 
     @rule(engine=ENGINES, busy=st.booleans())
@@ -390,6 +400,7 @@ class Interleavings(RuleBasedStateMachine):
             if requests:
                 requests.clear()
                 self.cool()
+                self.recovered = max(self.recovered, self.now + self.grace)
                 self.answer(self.gate.engine_gone(engine, self.now))
         for token in sorted(self.held):
             self.held.discard(token)
@@ -398,7 +409,7 @@ class Interleavings(RuleBasedStateMachine):
         if not self.runs:
             deadline = self.gate.deadline_ns()
             assert deadline is not None
-            assert deadline <= max(self.grace, self.now + self.maximum)
+            assert deadline <= max(self.recovered, self.now + self.maximum)
             self.now = deadline
             self.answer(self.gate.tick(self.now))
         assert self.runs, "liveness"
