@@ -9,31 +9,22 @@ import struct
 from collections.abc import Iterator
 
 import pytest
+from gpu_tables import fill, table_fd
 
 from valve_agent.devices.base import TargetRefused
 from valve_agent.devices.nvidia import rm
 from valve_agent.devices.nvidia.plan import Commit, build
-from valve_agent.devices.nvidia.table import CHANNELS_MAX, TABLE_BYTES, ChannelSlot, GpuTable, TableLayout
+from valve_agent.devices.nvidia.table import CHANNELS_MAX, TABLE_BYTES, ChannelSlot, GpuTable
 from valve_agent.shared import _sealed_memfd
 
 
 @pytest.fixture
 def table() -> Iterator[GpuTable]:
-    fd = _sealed_memfd("table", TABLE_BYTES)
-    os.pwrite(fd, struct.pack("I", 0x564C4156), 0)
+    fd = table_fd()
     made = GpuTable(fd)
     os.close(fd)
     yield made
     made.close()
-
-
-def fill(table: GpuTable, *channels: tuple[int, int, int, int, int, int]) -> None:
-    """(file, client, subdevice, group, channel, engine)"""
-    layout: TableLayout = table._at
-    for index, values in enumerate(channels):
-        layout.channels[index] = ChannelSlot(1, *values, 0xC86F)
-    layout.slots = len(channels)
-    layout.changes += 1
 
 
 def decoded(control: rm.Control) -> tuple[int, int, int, bytes]:

@@ -19,18 +19,18 @@ Threading model: the gate's only thread, but for those closes. Caller: gate.py. 
 
 from __future__ import annotations
 
+import _thread
 import os
-import select
 import signal
-import threading
 import time
 from collections.abc import Iterable, Sequence
 
 from valve_agent.devices.base import PauseTimeout, TargetRefused
 from valve_agent.devices.nvidia import routes
-from valve_agent.devices.nvidia.plan import Commit, build
+from valve_agent.devices.nvidia.plan import Commit, NotYet, build
 from valve_agent.devices.nvidia.routes import GpuProcess, Route
 from valve_agent.devices.nvidia.table import FILES_MAX, HOLD_CHANNELS, HOLD_LAUNCHES, GpuTable
+from valve_agent.pidfds import has_ended
 
 HOLD_ALL = HOLD_CHANNELS | HOLD_LAUNCHES
 RUNNING, COMPUTE_OFF, ALL_OFF = 0, 1, 2
@@ -69,7 +69,7 @@ class GpuTarget:
         self.stopped = -1
         """the table's `changes` when `level` was reached"""
         self.proven = -1
-        """and when the route was last seen to work"""
+        """and when the route was last seen to work; -1: the best one is worth another try"""
         self.route = 0
         """index into the allowed routes"""
         self.why = ""
@@ -171,7 +171,7 @@ class NvidiaCompute:
             self._wake(target)
 
     def is_gone(self, target: GpuTarget) -> bool:
-        return bool(select.select([target.pidfd], [], [], 0)[0])  # also before its parent has reaped it
+        return has_ended(target.pidfd)
 
     def running(self, targets: Sequence[GpuTarget]) -> Sequence[GpuTarget]:
         """Those that are less off than they should be. Whose channels have changed since is stopped again
@@ -233,8 +233,13 @@ class NvidiaCompute:
     def _stop_one(self, target: GpuTarget, gpu: GpuProcess, level: int) -> str | None:
         """By the target's route or the next that works; returns why none does."""
         why = None
+        refused: list[Route] = []
+        passes = False
         for index in range(target.route, len(self._allowed)):
             changes = gpu.table.changes
+            if self._allowed[index].name == routes.LAUNCH_GATE:
+                for route in refused:
+                    route.run(gpu)  # what it disabled in part must come to its end
             why = self._allowed[index].stop(gpu, level == ALL_OFF)
             if why is None:
                 target.level, target.stopped = level, changes
@@ -242,9 +247,15 @@ class NvidiaCompute:
                     self._wake(target)  # its channels are off: the processor may have it
                 if index != target.route:
                     target.route = index
+                    if passes:
+                        target.proven = -1
                     self._report(target, gpu)
                 return None
             target.why = why
+            if isinstance(why, NotYet):
+                passes = True
+            else:
+                refused.append(self._allowed[index])
         return why
 
     def _wake(self, target: GpuTarget) -> None:
@@ -252,25 +263,30 @@ class NvidiaCompute:
             _send(target.pidfd, signal.SIGCONT)
         except ProcessLookupError:
             target.gone = True
+        except PermissionError:
+            return  # it runs as another user now: no agent but root's could have stopped it
         target.asleep = False
 
     def _let_run(self, target: GpuTarget, gpu: GpuProcess) -> bool:
-        """Enable its channels, which also proves the route, and let go what waits in the process."""
+        """Enable its channels, which also proves the route, and let go what waits in the process. The best
+        route is tried anew where something has changed, or it failed for a moment only."""
         changes = gpu.table.changes
-        for index in range(target.route, len(self._allowed)):
+        passes = False
+        for index in range(0 if target.proven < 0 else target.route, len(self._allowed)):
             why = self._allowed[index].run(gpu)
             if why is None:
                 break
             target.why = why
+            passes = passes or isinstance(why, NotYet)
         else:
             return False
         if gpu.table.hold:
             gpu.table.hold = 0
             gpu.table.wake()
-        if changes and (index != target.route or target.proven < 0):
+        if changes and (index != target.route or (target.proven < 0 and not passes)):
             target.route = index
             self._report(target, gpu)
-        target.proven = changes if changes else -1
+        target.proven = changes if changes and not passes else -1
         return True
 
     def _report(self, target: GpuTarget, gpu: GpuProcess) -> None:
@@ -281,7 +297,7 @@ class NvidiaCompute:
             "route",
             pid=target.pid,
             route=route,
-            why=target.why or "enabling its channels through it worked",
+            why=str(target.why) or "enabling its channels through it worked",
             channels=plan.channels,
             copy_channels=plan.copies,
             clients=plan.clients,
@@ -307,7 +323,11 @@ def _close_elsewhere(fds: Iterable[int]) -> None:
             os.close(fd)
 
     if doomed := list(fds):
-        threading.Thread(target=close, args=(doomed,), name="close").start()
+        try:
+            # threading.Thread.start would wait until the thread has had its turn on the CPU
+            _thread.start_new_thread(close, (doomed,))
+        except RuntimeError:  # no thread is to be had
+            close(doomed)
 
 
 def parse(text: str) -> NvidiaCompute:

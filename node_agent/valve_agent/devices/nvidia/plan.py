@@ -29,6 +29,10 @@ class Commit(enum.Enum):
     """Needs CAP_SYS_NICE."""
 
 
+class NotYet(str):
+    """Why a route does not work at this moment; a moment later it may."""
+
+
 class Plan:
     """`problem` says why some channel cannot be controlled; then the steps do not suffice."""
 
@@ -110,5 +114,5 @@ def _problem(table: GpuTable, found: list[Channel], files: Mapping[int, int] | N
                 f"channel 0x{channel.channel:x} has no subdevice that libvalve saw: was it preloaded first?"
             )
         if files is not None and channel.file not in files:
-            return f"the control file of client 0x{channel.client:x} has not arrived"
+            return NotYet(f"the control file of client 0x{channel.client:x} has not arrived")
     return None

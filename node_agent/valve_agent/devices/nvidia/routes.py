@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from typing import ClassVar, Protocol
 
 from valve_agent.devices.nvidia import rm
-from valve_agent.devices.nvidia.plan import Commit, Plan, Step, build
+from valve_agent.devices.nvidia.plan import Commit, NotYet, Plan, Step, build
 from valve_agent.devices.nvidia.table import GpuTable
 
 AGENT, IN_PROCESS, PATCHED, LAUNCH_GATE = "agent", "in-process", "patched", "launch-gate"
@@ -55,7 +55,7 @@ class GpuProcess:
 
 
 class Route(Protocol):
-    """`stop` and `run` return None, or why it is not so."""
+    """`stop` and `run` return None, or why it is not so (NotYet: now)."""
 
     name: ClassVar[str]
 
@@ -95,14 +95,14 @@ class ChannelRoute:
             if everything and not status:
                 status = _issue(plan.stop_rest)
             if status in rm.STALE:
-                why = f"its channels changed while they were disabled ({rm.describe(status)})"
+                why = NotYet(f"its channels changed while they were disabled ({rm.describe(status)})")
                 process.plan = None
                 continue
             if status:
                 return _refused(self.name, status)
             if plan.changes == process.table.changes:
                 return plan.problem
-            why = "it makes and frees channels faster than they can be disabled"
+            why = NotYet("it makes and frees channels faster than they can be disabled")
         return why
 
     def run(self, process: GpuProcess) -> str | None:
@@ -113,7 +113,7 @@ class ChannelRoute:
             if status not in rm.STALE:
                 return _refused(self.name, status) if status else plan.problem
             process.plan = None
-        return _refused(self.name, status)
+        return NotYet(_refused(self.name, status))
 
 
 class PatchedRoute(ChannelRoute):
@@ -153,7 +153,7 @@ class InProcessRoute:
             until = _clock() + ANSWER_TIMEOUT_S
             while table.answered != command:
                 if _clock() > until:
-                    return "its libvalve does not answer: the helper process is stopped or hung"
+                    return NotYet("its libvalve does not answer: the helper process is stopped or hung")
                 _sleep(POLL_S)
             status = table.answer
             if status in rm.STALE:
@@ -164,7 +164,7 @@ class InProcessRoute:
                 return "its channels are not all known: use fewer streams and contexts in one process"
             if changes == table.changes or verb == RUN:
                 return None
-        return "it makes and frees channels faster than they can be disabled"
+        return NotYet("it makes and frees channels faster than they can be disabled")
 
 
 class LaunchGateRoute:
@@ -182,8 +182,10 @@ class LaunchGateRoute:
             return "its channels are not all known: use fewer streams and contexts in one process"
         if table.launch_hooks == 0:
             return None  # it has launched nothing yet, and its first launch will wait
+        # an answered STOP_ALL of route in-process is no answer to this one
+        ordered = table.route == NUMBERS[self.name] and table.command & 3 == STOP_ALL
         table.route = NUMBERS[self.name]
-        if table.command & 3 != STOP_ALL:
+        if not ordered:
             process.command += 1
             table.order(process.command << 2 | STOP_ALL)
             table.wake_command()
