@@ -44,6 +44,7 @@ STRIKES_MAX = 5
 at a shell; more are a process that evades the gate."""
 EVENTS_QUEUED = 65_536
 MESSAGE_BYTES = 65_536
+PIDS_TOLD_MAX, WHY_CHARACTERS_MAX = 1024, 4096
 _LATENCY_MAX_NS = 60_000_000_000  # a busy_since_ns older than this is no clock of ours
 _MISSED_MAX = 16  # of one look: busy_seq is written by a tenant
 _SEQ_MASK = 0xFFFFFFFF
@@ -311,6 +312,7 @@ class Gate:
         self._evicted = self._quiesced = False
         self._unconfirmed_ns = 0
         self._strikes.clear()
+        self._failing_ns.clear()  # while all were paused nobody tended them
         self._compute.resume(self._targets.runnable)
         now = _clock()
         self._beat(now)
@@ -345,17 +347,20 @@ class Gate:
             self._kill(target, f"could not be paused for {waited_ms:.0f} ms")
 
     def _kill(self, target: Any, why: str) -> None:
+        outcome = "so it was killed"
         try:
             signal.pidfd_send_signal(target.pidfd, signal.SIGKILL)
         except ProcessLookupError:
             return  # it has ended since it was looked at; its pidfd tells so in the next turn
+        except PermissionError:
+            outcome = "and the agent may not kill it (run the agent as root)"
         if target in self._killed:
             return  # it has been told of
         self._killed.add(target)
         self._stats.count("kills")
         sentence = (
-            f"process {target.pid} {why}, so it was killed: an offline process that Valve cannot pause must "
-            "not share the device"
+            f"process {target.pid} {why}, {outcome}: an offline process that Valve cannot pause must not "
+            "share the device"
         )
         self._emit("kill", _clock(), pid=target.pid, why=sentence)
 
@@ -400,8 +405,12 @@ class Gate:
     def _fail_closed(self) -> None:
         try:
             self._compute.pause(self._targets.all)
-        except PauseTimeout as error:
-            print(f"valve gate: exiting with offline processes not paused: {error}", file=sys.stderr)
+        except (PauseTimeout, OSError):
+            for target in self._targets.all:  # what is wrong with one must leave no other running
+                try:
+                    self._compute.pause([target])
+                except (PauseTimeout, OSError) as error:
+                    print(f"valve gate: exiting with an offline process not paused: {error}", file=sys.stderr)
 
     def _admit(self, target: Any) -> None:
         """From now on it does as the gate says; before the answer goes out it is paused if the gate is."""
@@ -542,7 +551,12 @@ class Gate:
     # -- events ----------------------------------------------------------------------------
 
     def _emit(self, event: str, t_ns: int, **fields: Any) -> None:
-        """Queue an event; sent at the end of the turn. A main that does not read loses the oldest."""
+        """Queue an event; sent at the end of the turn. A main that does not read loses the oldest. It must
+        fit one message, however many processes it is about."""
+        if "pids" in fields:
+            fields["pids"] = fields["pids"][:PIDS_TOLD_MAX]
+        if "why" in fields:
+            fields["why"] = fields["why"][:WHY_CHARACTERS_MAX]
         self._outbox.append(marshal.dumps({"event": event, "t_ns": t_ns, **fields}))
         if len(self._outbox) > EVENTS_QUEUED:
             self._outbox.popleft()

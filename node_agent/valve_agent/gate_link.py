@@ -31,6 +31,7 @@ from typing import Any
 from valve_agent import gate_stats
 from valve_agent.gate import MESSAGE_BYTES, GateSettings
 from valve_agent.gate_stats import GateStats, StatsReader
+from valve_agent.pidfds import has_ended
 
 __all__ = ["GateDied", "GateError", "GateHandle", "GateSettings", "GateStats", "HoldResult", "HoldTimeout"]
 
@@ -165,17 +166,22 @@ class GateHandle:
         Leave out launchers and address-space helpers: a stopped helper cannot remap. A registered
         process among them is ignored. One that is gone is ignored too; raises GateError for one that
         cannot be controlled."""
-        for pid in self._scanned - pids.keys():
-            self._call("scan_remove", (pid,))
-        self._scanned &= pids.keys()
         refused = []
+        for pid in self._scanned - pids.keys():
+            try:
+                self._call("scan_remove", (pid,))
+            except GateDied:
+                raise
+            except GateError as error:
+                refused.append(str(error))
+        self._scanned &= pids.keys()
         for pid in sorted(pids.keys() - self._scanned - set(self._registered.values())):
             try:
                 self._call("scan_add", (pid,), pids[pid])
             except GateDied:
                 raise
             except GateError as error:
-                if not _is_gone(pids[pid]):
+                if not has_ended(pids[pid]):
                     refused.append(str(error))
                 continue
             self._scanned.add(pid)
@@ -188,23 +194,33 @@ class GateHandle:
         """Returns when offline is paused and evicted; it stays so until `release`. Holds nest.
         Raises HoldTimeout, and then the hold is withdrawn; GateDied."""
         deadline = time.monotonic() + timeout_s
-        with self._hold_lock:
-            token = next(self._tokens)
-            self._send_hold(True, token)
-            while True:
-                left_s = deadline - time.monotonic()
-                if left_s <= 0 or not select.select([self._hold_socket], [], [], left_s)[0]:
-                    self._send_hold(False, token)
-                    raise HoldTimeout(
-                        f"offline was not evicted within {timeout_s} s; the gate's events name the process"
-                    )
+        if not self._hold_lock.acquire(timeout=timeout_s):
+            raise HoldTimeout(f"another hold has been waited for longer than {timeout_s} s")
+        try:
+            return self._hold(deadline, timeout_s)
+        finally:
+            self._hold_lock.release()
+
+    def _hold(self, deadline: float, timeout_s: float) -> HoldResult:
+        token = next(self._tokens)
+        self._send_hold(True, token)
+        while True:
+            left_s = deadline - time.monotonic()
+            if left_s <= 0 or not select.select([self._hold_socket], [], [], left_s)[0]:
+                self._send_hold(False, token)
+                raise HoldTimeout(
+                    f"offline was not evicted within {timeout_s} s; the gate's events name the process"
+                )
+            try:
                 data = self._hold_socket.recv(MESSAGE_BYTES)
-                if not data:
-                    raise self._died()
-                answered, asked_ns, held_ns = marshal.loads(data)
-                if answered == token:  # else the late answer to a hold that timed out
-                    self._held.append(token)
-                    return HoldResult(asked_ns, held_ns)
+            except OSError as error:  # it died without having read what we sent
+                raise self._died() from error
+            if not data:
+                raise self._died()
+            answered, asked_ns, held_ns = marshal.loads(data)
+            if answered == token:  # else the late answer to a hold that timed out
+                self._held.append(token)
+                return HoldResult(asked_ns, held_ns)
 
     def release(self) -> None:
         """End one hold. Raises GateError if there is none."""
@@ -280,7 +296,3 @@ class GateHandle:
         return GateDied(
             f"the gate process is gone (exit status {code}); its standard error says why. Restart the agent"
         )
-
-
-def _is_gone(pidfd: int) -> bool:
-    return bool(select.select([pidfd], [], [], 0)[0])

@@ -13,12 +13,12 @@ Threading model: the server thread only. Callers: agent.py.
 from __future__ import annotations
 
 import os
-import select
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from valve_agent.identity import children_of, shares_memory
+from valve_agent.pidfds import has_ended
 from valve_agent.pool import Holder
 from valve_agent.shared import Ledger, Page
 from valve_agent.wire import Role
@@ -179,16 +179,23 @@ class Scan:
         of_pods = set(registry.offline_roots())
         # An orphan that was found before stays: its launcher may be dead, its work is not.
         live = self._subtrees([*roots, *of_pods, *self.found], left_out) | of_pods
-        live |= {pid for pid, pidfd in self.found.items() if not _gone(pidfd)}
-        live -= left_out
+        ended = {pid for pid, pidfd in self.found.items() if has_ended(pidfd)}
+        live |= self.found.keys() - ended
+        # A number of one that ended may be another's by now: that one is found by the next scan, so that the
+        # gate hears of both.
+        live -= left_out | ended
         before = set(self.found)
         for pid in before - live:
             os.close(self.found.pop(pid))
         for pid in live - before:
             try:
-                self.found[pid] = os.pidfd_open(pid)
-            except ProcessLookupError:
-                continue
+                pidfd = os.pidfd_open(pid)
+            except OSError:
+                continue  # it is gone, or we are out of descriptors: the next scan looks again
+            if has_ended(pidfd):  # a zombie computes nothing
+                os.close(pidfd)
+            else:
+                self.found[pid] = pidfd
         return before != set(self.found)
 
     def _subtrees(self, roots: list[int], known: set[int]) -> set[int]:
@@ -215,7 +222,3 @@ class Scan:
         for pidfd in self.found.values():
             os.close(pidfd)
         self.found.clear()
-
-
-def _gone(pidfd: int) -> bool:
-    return bool(select.select([pidfd], [], [], 0)[0])

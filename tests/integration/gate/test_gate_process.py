@@ -124,6 +124,21 @@ def test_a_hold_that_comes_too_late_is_withdrawn(rig: Rig, start_victims: Callab
     assert runs(victim)
 
 
+def test_a_quick_hold_does_not_wait_for_a_slow_one(rig: Rig, start_victims: Callable[..., Victim]) -> None:
+    rig.target(2, start_victims())
+    os.kill(rig.handle.pid, signal.SIGSTOP)
+    slow = threading.Thread(target=lambda: rig.handle.hold(60))
+    slow.start()
+    while not rig.handle._hold_lock.locked():
+        time.sleep(0.001)
+    with pytest.raises(HoldTimeout, match="another hold"):
+        rig.handle.hold(0.01)
+    assert slow.is_alive()
+    os.kill(rig.handle.pid, signal.SIGCONT)
+    slow.join()
+    rig.handle.release()
+
+
 def test_somebody_continues_a_paused_process(rig: Rig, start_victims: Callable[..., Victim]) -> None:
     victim = start_victims()
     rig.target(2, victim)

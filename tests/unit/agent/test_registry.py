@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 
 import pytest
@@ -57,6 +58,10 @@ def test_a_tenant_stays_while_a_process_of_it_lives(registry: Registry) -> None:
     assert registry.tenants == {}
 
 
+def pid_of(fd: int) -> int:
+    return int(os.readlink(f"/proc/self/fd/{fd}").rpartition("-")[2].removesuffix(" (deleted)"))
+
+
 class Tree:
     """A made-up process tree: pid -> children; `sharing` holds children with their parent's memory."""
 
@@ -67,7 +72,9 @@ class Tree:
         monkeypatch.setattr(registry_module, "children_of", lambda pid: self.children.get(pid, []))
         monkeypatch.setattr(registry_module, "shares_memory", lambda parent, child: child in sharing)
         monkeypatch.setattr(registry_module.os, "pidfd_open", lambda pid: os.memfd_create(f"pidfd-{pid}"))
-        monkeypatch.setattr(registry_module, "_gone", lambda fd: False)
+        self.ended: set[int] = set()
+        """Numbers of processes that have ended; a pidfd is a file of that name."""
+        monkeypatch.setattr(registry_module, "has_ended", lambda fd: pid_of(fd) in self.ended)
 
 
 def scan_of(registry: Registry, scan: Scan) -> set[int]:
@@ -110,4 +117,38 @@ def test_an_orphan_is_not_forgotten_when_its_launcher_dies(
     registry.launcher_gone(tenant)
     tree.children = {110: [111, 112]}
     assert scan_of(registry, scan) == {110, 111, 112}
+    scan.close()
+
+
+def test_the_number_of_one_that_ended_is_looked_at_again(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The gate keeps a number that stays in the set for the process that it knows."""
+    register(registry, 100, Role.OFFLINE)
+    tree = Tree(monkeypatch, {100: [110, 120]}, set())
+    scan = Scan()
+    assert scan_of(registry, scan) == {110, 120}
+    tree.ended = {110}
+    assert scan_of(registry, scan) == {120}
+    assert not scan.update(registry), "a zombie does not come and go"
+    tree.ended = set()
+    assert scan_of(registry, scan) == {110, 120}
+    scan.close()
+
+
+def test_a_scan_goes_on_where_a_process_cannot_be_opened(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    register(registry, 100, Role.OFFLINE)
+    Tree(monkeypatch, {100: [110, 120]}, set())
+    opens = registry_module.os.pidfd_open
+
+    def refuse(pid: int) -> int:
+        if pid == 110:
+            raise OSError(errno.EINVAL, "kernels before 6.16 say this of one that was reaped")
+        return opens(pid)
+
+    monkeypatch.setattr(registry_module.os, "pidfd_open", refuse)
+    scan = Scan()
+    assert scan_of(registry, scan) == {120}
     scan.close()

@@ -173,3 +173,57 @@ def test_what_ends_between_the_look_and_the_kill_is_no_error(
     said = [event["event"] for event in bench.events()]
     assert "kill" not in said, "it was not the gate that ended it"
     assert "target_gone" in said
+
+
+def test_time_in_a_pause_is_no_time_out_of_control(bench: Bench) -> None:
+    """Nobody tends a process while it is paused: its clock starts anew when it runs again."""
+    child = child_target(bench)
+    page = bench.engine(1)
+    bench.gate._beat_every_ns = 1_000_000
+    bench.compute.uncontrollable = {child.pid}
+    for _ in range(3):
+        time.sleep(0.002)
+        bench.turn()
+    set_busy(page, True)
+    bench.ring()
+    bench.compute.uncontrollable = set()
+    time.sleep(0.1)  # twice the time that it is given
+    set_busy(page, False)
+    bench.ring()
+    bench.compute.uncontrollable = {child.pid}
+    time.sleep(0.002)
+    bench.turn()
+    assert child.poll() is None
+    assert "kill" not in [event["event"] for event in bench.events()]
+    child.kill()
+    child.wait()
+
+
+def test_one_that_cannot_be_stopped_leaves_no_other_running(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for conn, pid in ((2, 50), (3, 51), (4, 52)):
+        bench.target(conn, pid)
+    pause = bench.compute.pause
+
+    def refuse(targets: Sequence[FakeTarget]) -> None:
+        for target in targets:
+            if target.pid == 51:
+                raise PermissionError("it runs as another user")
+            pause([target])
+
+    monkeypatch.setattr(bench.compute, "pause", refuse)
+    bench.engine(1)
+    bench.compute.running_pids = {50, 51, 52}
+    bench.control.close()
+    bench.gate.run()
+    assert bench.compute.running_pids == {51}
+    assert "not paused: it runs as another user" in capsys.readouterr().err
+
+
+def test_an_event_about_thousands_of_processes_fits_a_message(bench: Bench) -> None:
+    bench.compute.to_tell = [("slow_driver", {"pids": list(range(100_000, 120_000)), "why": "x" * 100_000})]
+    bench.engine(1)
+    (said,) = [event for event in bench.events() if event["event"] == "slow_driver"]
+    assert said["pids"][0] == 100_000
+    assert said["why"].startswith("x")

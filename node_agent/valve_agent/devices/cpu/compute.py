@@ -115,19 +115,22 @@ class CpuCompute:
 
     def pause(self, targets: Sequence[ProcessTarget]) -> None:
         started = _clock()
+        out_of_reach: list[ProcessTarget] = []
         for target in targets:
             if target.gone:
                 continue  # its number may be another process's by now
             set_slice(target.pid, SHORT_SLICE_NS)
             try:
                 _send(target.pidfd, _stop)
+                if target.witness:
+                    tgkill(target.pid, target.witness, _stop)
             except ProcessLookupError:
                 target.gone = True
-                continue
-            if target.witness:
-                tgkill(target.pid, target.witness, _stop)
-        pending = [target for target in targets if target.barrier and not target.gone]
-        singly = [target for target in targets if not target.barrier and not target.gone]
+            except PermissionError:  # it was ours when it was opened
+                out_of_reach.append(target)
+        told = [target for target in targets if not target.gone and target not in out_of_reach]
+        pending = [target for target in told if target.barrier]
+        singly = [target for target in told if not target.barrier]
         fence = bool(pending)
         while pending:
             _sleep(POLL_S)
@@ -149,7 +152,11 @@ class CpuCompute:
             self.has_membarrier = False
             for target in targets:
                 target.barrier = False
-            self._pause_singly([target for target in targets if not target.gone], started)
+            self._pause_singly([target for target in told if not target.gone], started)
+        if out_of_reach:
+            pids = [target.pid for target in out_of_reach]
+            why = "it runs as another user now (a setuid program?): the agent must run as root"
+            raise PauseTimeout(pids, (_clock() - started) / 1e3, dict.fromkeys(pids, why))
 
     def resume(self, targets: Sequence[ProcessTarget]) -> None:
         for target in targets:
@@ -160,6 +167,8 @@ class CpuCompute:
                 _send(target.pidfd, _cont)
             except ProcessLookupError:
                 target.gone = True
+            except PermissionError:
+                continue  # `pause` says so
 
     def quiesce(self, targets: Sequence[ProcessTarget]) -> None:
         """Nothing to do: a stopped process copies nothing."""
@@ -255,6 +264,8 @@ class CpuCompute:
             _send(target.pidfd, 0)
         except ProcessLookupError:
             return True
+        except PermissionError:  # there it is, out of our reach
+            return False
         return False
 
     def _threads(self, target: ProcessTarget) -> list[str]:
