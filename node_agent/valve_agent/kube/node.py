@@ -6,8 +6,8 @@ away the agent goes on with the settings it has. One that never had any does not
 without it (P5), offline waits at its door (P6).
 
 Threading model: made and closed by main; `on_second` in the server thread does everything that touches the
-agent. The threads of kube/watch.py, kube/containers.py and kube/report.py only leave values behind. Caller:
-main.py, through surroundings.Surroundings.
+agent. The threads of kube/watch.py, kube/containers.py and kube/report.py only leave values behind; `_sizing`
+keeps what the watch leaves in step with the devices. Caller: main.py, through surroundings.Surroundings.
 """
 
 from __future__ import annotations
@@ -63,6 +63,10 @@ class Wanted:
     problem: str = ""
     unknown: str = ""
     """Fields that this version does not know, which are left out: the operator may be newer than we are."""
+
+    @property
+    def version(self) -> tuple[str, int]:
+        return self.uid, self.generation
 
 
 class _Specified(ApiModel):
@@ -128,13 +132,16 @@ class KubernetesNode:
         self._node = node
         self._api = api
         self._stderr = stderr
+        self._sizing = threading.Lock()
+        """Held while `_sizes` or `_object` changes and `_wanted` is made of both, so that the last `_wanted`
+        has settings for every device; never while anything is waited for."""
         self._sizes: list[int | None] = []
         """Of the devices, in bytes."""
         self._object: dict[str, Any] | None = None
         """The newest ColocationNode."""
         self._wanted: Wanted | None = None
         self._following: Wanted | None = None
-        """The last one that is in force, wholly or but for a restart."""
+        """The last one that is in force on every device, wholly or but for a restart."""
         self._pending = ""
         """What of it needs a restart."""
         self._conditions: list[Mapping[str, Any]] = []
@@ -153,19 +160,23 @@ class KubernetesNode:
 
     def settings(self, gpu_bytes: int | None = None) -> EffectiveSettings:
         """Waits until the operator has written settings that hold here; says so while it does."""
-        self._sizes.append(gpu_bytes)
+        with self._sizing:
+            self._sizes.append(gpu_bytes)
+            if self._object is not None:
+                self._wanted = wanted_of(self._object, tuple(self._sizes))
         if len(self._sizes) == 1:
             self._watch.start()
             self._reporter.start()
-        if self._object is not None:
-            self._wanted = wanted_of(self._object, self._sizes)
         said = 0.0
         while True:
-            self._arrived.wait(0.2)
             wanted = self._wanted
             if wanted is not None and len(wanted.settings) == len(self._sizes):
-                self._following = wanted
+                if self._following is None or self._following.version == wanted.version:
+                    self._following = wanted  # else earlier devices have older settings: _follow brings these
                 return wanted.settings[-1]
+            if self._arrived.wait(0.2):
+                self._arrived.clear()
+                continue
             if wanted is not None:
                 self._report_refused(wanted)
             if time.monotonic() - said > SAY_WAITING_S:
@@ -188,9 +199,13 @@ class KubernetesNode:
 
     def start(self, agents: Sequence[Agent], gpu_bytes: Sequence[int | None]) -> None:
         self._agents = agents
-        if list(gpu_bytes) != self._sizes and self._object is not None:  # some devices could not be shared
-            self._sizes = list(gpu_bytes)
-            self._following = self._wanted = wanted_of(self._object, self._sizes)
+        sizes = list(gpu_bytes)
+        with self._sizing:
+            if sizes != self._sizes and self._object is not None:  # some devices could not be shared
+                self._sizes = sizes
+                self._wanted = wanted_of(self._object, tuple(self._sizes))
+                if self._following is not None and self._following.version == self._wanted.version:
+                    self._following = self._wanted
         self._containers.start()
         if agents:
             self._pod_events = PodEvents(self._api, self._node, self._identities[0][1].pod_of)
@@ -235,12 +250,13 @@ class KubernetesNode:
         and an object deleted by mistake comes back."""
         if node is None:
             return
-        if self._wanted is None:
-            self._conditions = (node.get("status") or {}).get("conditions") or []
-        wanted = self._wanted
-        self._object = node
-        if wanted is None or (wanted.uid, wanted.generation) != version_of(node):
-            self._wanted = wanted_of(node, self._sizes or [None])
+        with self._sizing:
+            wanted = self._wanted
+            if wanted is None:
+                self._conditions = (node.get("status") or {}).get("conditions") or []
+            self._object = node
+            if wanted is None or wanted.version != version_of(node):
+                self._wanted = wanted_of(node, tuple(self._sizes) or (None,))
         self._arrived.set()
 
     def _follow(self) -> None:

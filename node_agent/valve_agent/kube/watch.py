@@ -6,6 +6,8 @@ What was seen last stays in force; nobody waits for the network but this thread.
 
 Level-triggered: `seen` gets the object as it is now, however many changes lie between; every watch ends
 after a minute at most, one that falls silent is given up, and after any trouble the object is listed again.
+Trouble is also an answer that makes no sense, as a proxy gives in the server's place; what `seen` raises is
+an error of ours, and ends the thread.
 
 Threading model: one daemon thread per watch; `seen` is called in it. Callers: kube/node.py.
 """
@@ -14,14 +16,18 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from valve_agent.kube.api import Api, Expired, KubeError
+from valve_agent.kube.api import Api, ApiUnavailable, Expired, KubeError
 
 RETRY_S = (0.5, 10.0)
 """First and longest wait after trouble; it doubles in between, and varies so that a fleet does not return at
 one moment."""
+EVENTS = ("ADDED", "MODIFIED", "DELETED", "BOOKMARK")
+NONSENSE = (LookupError, TypeError, AttributeError)
+"""What taking an answer apart raises where it is not of the API's shape."""
 
 
 class ObjectWatch:
@@ -56,9 +62,12 @@ class ObjectWatch:
                 version = self._list()
                 wait_s = RETRY_S[0]
                 while not self._closing.is_set():
+                    began_s = time.monotonic()
                     version = self._watch(version)
+                    if time.monotonic() - began_s < RETRY_S[0]:  # no server ends a watch so soon
+                        self._closing.wait(RETRY_S[0])
             except Expired:
-                continue
+                self._closing.wait(RETRY_S[0] * random.uniform(0.5, 1.5))
             except KubeError as error:
                 self.error = str(error)
                 self._closing.wait(wait_s * random.uniform(0.5, 1.5))
@@ -66,20 +75,51 @@ class ObjectWatch:
 
     def _list(self) -> str:
         listing = self._api.get(self._path, self._query)
-        items = listing.get("items") or [None]
+        try:
+            version = _version_of(listing)
+            items = listing["items"] or []  # Go writes null for none
+            if items:
+                _version_of(items[0])
+        except NONSENSE as error:
+            raise self._nonsense("list", error) from error
         self.error = ""
-        self._seen(items[0])
-        return str(listing["metadata"]["resourceVersion"])
+        self._seen(items[0] if items else None)
+        return version
 
     def _watch(self, version: str) -> str:
         """One watch from `version` on; returns where the next one goes on."""
-        for event in self._api.watch(self._path, {**self._query, "resourceVersion": version}):
-            item = event["object"]
-            version = str(item["metadata"]["resourceVersion"])
-            if event["type"] == "DELETED":
+        for kind, item in self._events(version):
+            version = _version_of(item)
+            if kind == "DELETED":
                 self._seen(None)
-            elif event["type"] != "BOOKMARK":
+            elif kind != "BOOKMARK":
                 self._seen(item)
             if self._closing.is_set():
                 break
         return version
+
+    def _events(self, version: str) -> Iterator[tuple[str, dict[str, Any]]]:
+        """(type, object) of each event. A generator, so that what `seen` raises does not come by here."""
+        try:
+            for event in self._api.watch(self._path, {**self._query, "resourceVersion": version}):
+                kind, item = event["type"], event["object"]
+                _version_of(item)
+                if kind not in EVENTS:
+                    raise LookupError(f"event {kind}")
+                yield kind, item
+        except NONSENSE as error:
+            raise self._nonsense("watch", error) from error
+
+    def _nonsense(self, request: str, error: Exception) -> ApiUnavailable:
+        return ApiUnavailable(
+            f"what {self._api.server.url} answers to a {request} of {self._path} makes no sense ({error!r}): "
+            "is it an API server? If so, check what stands in front of it, such as a proxy or load balancer"
+        )
+
+
+def _version_of(thing: dict[str, Any]) -> str:
+    """Of an object or a list. Raises one of NONSENSE where it is neither."""
+    version = thing["metadata"]["resourceVersion"]
+    if not isinstance(version, str) or not version:
+        raise TypeError(f"resourceVersion {version!r}")
+    return version

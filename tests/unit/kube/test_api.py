@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import http.server
 import json
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -26,7 +27,7 @@ from valve_agent.kube.api import (
 )
 from valve_agent.kube.watch import ObjectWatch
 
-Answer = tuple[int, bytes] | list[dict[str, Any]] | str
+Answer = tuple[int, bytes] | list[Any] | str
 """Status and body; the events of a watch; "close" or "silent"."""
 
 
@@ -220,12 +221,71 @@ def test_trouble_is_waited_out(fake: Fake, client: Api, monkeypatch: pytest.Monk
     assert follow(fake, client, script, lambda seen: "6" in seen) == [None, "6"]
 
 
+@pytest.mark.parametrize(
+    ("description", "answer"),
+    [
+        ("nothing", b"{}"),
+        ("null", b"null"),
+        ("a list", b"[]"),
+        ("a word", b'"ok"'),
+        ("a Status", status("Maintenance", "back soon")),
+        ("an object in place of a list", json.dumps(item("4")).encode()),
+        ("no version", b'{"metadata": {}, "items": []}'),
+        ("a version that is none", b'{"metadata": {"resourceVersion": null}, "items": []}'),
+        ("no metadata", b'{"items": []}'),
+        ("metadata that are none", b'{"metadata": "x", "items": []}'),
+        ("items that are none", b'{"metadata": {"resourceVersion": "4"}, "items": "x"}'),
+        ("an item that is none", b'{"metadata": {"resourceVersion": "4"}, "items": [null]}'),
+        ("an item without metadata", b'{"metadata": {"resourceVersion": "4"}, "items": [{"spec": {}}]}'),
+    ],
+)
+def test_a_list_that_makes_no_sense_is_waited_out(
+    fake: Fake, client: Api, monkeypatch: pytest.MonkeyPatch, description: str, answer: bytes
+) -> None:
+    """And is not taken for "there is no such object"."""
+    monkeypatch.setattr(watch_module, "RETRY_S", (0.01, 0.02))
+    script: list[Answer] = [(200, answer), listing("6", item("6")), "silent"]
+    assert follow(fake, client, script, bool) == ["6"]
+
+
+@pytest.mark.parametrize(
+    ("description", "event"),
+    [
+        ("nothing", {}),
+        ("null", None),
+        ("a list", []),
+        ("a Status", {"kind": "Status", "message": "back soon"}),
+        ("no object", {"type": "MODIFIED"}),
+        ("no type", {"object": item("6")}),
+        ("a type that is none", {"type": ["MODIFIED"], "object": item("6")}),
+        ("an unknown type", {"type": "RESTORED", "object": item("6")}),
+        ("an object that is none", {"type": "DELETED", "object": None}),
+        ("no metadata", {"type": "DELETED", "object": {}}),
+        ("no version", {"type": "DELETED", "object": {"metadata": {}}}),
+        ("an error that is none", {"type": "ERROR", "object": "x"}),
+        ("an error without an object", {"type": "ERROR"}),
+    ],
+)
+def test_an_event_that_makes_no_sense_is_waited_out(
+    fake: Fake, client: Api, monkeypatch: pytest.MonkeyPatch, description: str, event: object
+) -> None:
+    monkeypatch.setattr(watch_module, "RETRY_S", (0.01, 0.02))
+    script: list[Answer] = [listing("5", item("4")), [event], listing("7", item("7")), "silent"]
+    assert follow(fake, client, script, lambda seen: len(seen) == 2) == ["4", "7"]
+
+
+@pytest.mark.parametrize("mistake", [RuntimeError, KeyError, TypeError, AttributeError])
+@pytest.mark.parametrize("at", ["list", "watch"])
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_watch_that_ends_by_an_error_of_ours_says_so(fake: Fake, client: Api) -> None:
-    fake.script = [listing("5", item("4"))]
+def test_a_watch_that_ends_by_an_error_of_ours_says_so(
+    fake: Fake, client: Api, at: str, mistake: type[Exception]
+) -> None:
+    """It is not taken for an answer that makes no sense."""
+    fake.script = [listing("5", item("4")), [{"type": "MODIFIED", "object": item("6")}]]
 
     def broken(found: dict[str, Any] | None) -> None:
-        raise RuntimeError("a mistake")
+        if found == item("4" if at == "list" else "6"):
+            raise mistake("a mistake")
 
     watch = ObjectWatch(client, "/nodes", "n1", broken)
     watch.start()
@@ -233,16 +293,24 @@ def test_a_watch_that_ends_by_an_error_of_ours_says_so(fake: Fake, client: Api) 
     assert "has ended" in watch.error
 
 
+@pytest.mark.parametrize(
+    ("answer", "sentence"),
+    [
+        ((403, status("Forbidden", "may not list")), "may not list"),
+        ((200, b"{}"), "makes no sense.*check what stands in front of it"),
+    ],
+)
 def test_the_error_is_told_while_nothing_can_be_heard(
-    fake: Fake, client: Api, monkeypatch: pytest.MonkeyPatch
+    fake: Fake, client: Api, monkeypatch: pytest.MonkeyPatch, answer: Answer, sentence: str
 ) -> None:
     monkeypatch.setattr(watch_module, "RETRY_S", (0.01, 0.02))
-    fake.script = [(403, status("Forbidden", "may not list"))]
+    fake.script = [answer]
     watch = ObjectWatch(client, "/nodes", "n1", lambda found: None)
     watch.start()
     deadline = time.monotonic() + 30
     while not watch.error:
         assert time.monotonic() < deadline
         time.sleep(0.01)
+    assert watch._thread.is_alive()
     watch.close()
-    assert watch.error == "may not list"
+    assert re.search(sentence, watch.error)
