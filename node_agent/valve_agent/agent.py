@@ -109,6 +109,8 @@ class Agent:
         self._launchers: dict[int, Tenant] = {}
         self.arenas = Arenas(memory, self)
         self._scan = Scan()
+        self._unscanned = ""
+        """Why the gate refused some of `_scan`: it is told of all again."""
         self._scan_ns = 0
         self._holds = HoldWorker(gate, server.wake)
         self.on_second: Callable[[], None] = lambda: None
@@ -340,7 +342,7 @@ class Agent:
                 raise
             for other in others:
                 other.remove_guest(connection.id)
-            self.gate.remove(connection.id)
+            self._remove_from_gate(connection.id)
             raise IdentityError(
                 RejectCode.EIDENTITY, f"process {main} cannot be controlled: {error}"
             ) from error
@@ -414,7 +416,7 @@ class Agent:
             os.close(link.helper_pidfd)
         if process.memory is not None:
             self.pool.disconnected(process.memory.holder)
-        self.gate.remove(link.connection)
+        self._remove_from_gate(link.connection)
         for other in process.others:
             other.remove_guest(link.connection)
         self.emit_for(process, "detach", why=why)
@@ -427,7 +429,16 @@ class Agent:
     def remove_guest(self, connection: int) -> None:
         if self._guests.pop(connection, None) is not None and not self.closing:
             self.usage.engine_gone(connection, self._clock())
+            self._remove_from_gate(connection)
+
+    def _remove_from_gate(self, connection: int) -> None:
+        """Where the gate could not pause what it lost it tries again with every heartbeat."""
+        try:
             self.gate.remove(connection)
+        except GateDied:
+            raise
+        except GateError as error:
+            self.events.emit("uncontrollable", level="error", why=str(error))
 
     def _process_gone(self, process: Process) -> None:
         """It is dead: its memory returns to the machine, then its slabs to the pool."""
@@ -453,13 +464,16 @@ class Agent:
             if process.link is None and process.memory is None and now - process.lost_ns > SCAN_NS:
                 # It became a program without libvalve: if it is offline the scan finds it from now on.
                 self._forget(process)
-        if self._scan.update(self.registry):
+        if self._scan.update(self.registry) or self._unscanned:
+            before, self._unscanned = self._unscanned, ""
             try:
                 self.gate.set_scanned(self._scan.found)
             except GateDied:
                 raise
             except GateError as error:
-                self.events.emit("uncontrollable", level="error", why=str(error))
+                self._unscanned = str(error)
+                if self._unscanned != before:
+                    self.events.emit("uncontrollable", level="error", why=self._unscanned)
         for process in list(self.registry.processes.values()):
             self._watch(process, now)
         if self.limits is not None:
@@ -576,8 +590,8 @@ class Agent:
 def _kill_number(pid: int) -> None:
     try:
         pidfd = os.pidfd_open(pid)
-    except ProcessLookupError:
-        return  # gone by itself
+    except OSError:  # gone by itself; before Linux 6.16 EINVAL may say so too
+        return
     _kill(pidfd)
     os.close(pidfd)
 

@@ -362,9 +362,9 @@ class Pool:
         now = self._clock()
         if now < self._retry_ns:
             return
+        self._retry_ns = 0  # what is tried again now need not be waited for
         if not any(h.role == Role.OFFLINE and h.attached and h.held for h in self.holders.values()):
             return
-        self._retry_ns = 0
         self._operations += 1
         self._operation = _Operation(self._operations, now, now + HOLD_TIMEOUT_NS)
         self._effects.hold()

@@ -99,7 +99,10 @@ def _map(fd: int, size_bytes: int, what: str) -> mmap.mmap:
     actual = os.fstat(fd).st_size
     if actual < size_bytes:
         raise SharedMemoryError(f"{what}: {actual} bytes where {size_bytes} are needed")
-    return mmap.mmap(fd, size_bytes, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+    try:
+        return mmap.mmap(fd, size_bytes, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+    except OSError as error:  # sealed against writing, or opened for reading only
+        raise SharedMemoryError(f"{what}: the memory file cannot be mapped: {error.strerror}") from error
 
 
 class Page:

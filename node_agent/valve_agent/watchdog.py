@@ -15,8 +15,8 @@ from valve_agent.registry import Process
 from valve_agent.wire import Role
 
 LOST_NS = 5_000_000_000
-"""An offline process that holds slabs and stays disconnected for so long cannot be accounted for. A runtime
-reconnects every 100 ms."""
+"""An offline process with an arena that stays disconnected for so long cannot be accounted for, and nobody
+would ever let it go on. A runtime reconnects every 100 ms."""
 OVERUSE_SLABS = 1
 """Pages beyond what was granted that are not yet held against a process: one slab, for rounding."""
 HELPER_CPU_S = 0.5
@@ -33,8 +33,8 @@ def fault_of_memory(process: Process, resident_bytes: int, slab_bytes: int, now_
     if resident_bytes - granted > OVERUSE_SLABS * slab_bytes:
         return f"it uses {resident_bytes} bytes of its arena where {granted} were granted"
     lost = process.link is None and now_ns - process.lost_ns > LOST_NS
-    if lost and memory.holder.held and process.tenant.role == Role.OFFLINE:
-        return f"it holds memory and has not reconnected for {LOST_NS // 1_000_000_000} s"
+    if lost and process.tenant.role == Role.OFFLINE:
+        return f"it has an arena and has not reconnected for {LOST_NS // 1_000_000_000} s"
     return None
 
 

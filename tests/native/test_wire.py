@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import enum
+import fcntl
 import os
 import random
 import re
@@ -319,14 +320,19 @@ def test_a_page_is_one_fields_writer_each(tmp_path: Path) -> None:
         ("a file", "no memory file that Valve made"),
         ("unsealed", "not sealed against shrinking"),
         ("small", "4096 bytes where"),
+        ("sealed against writing", "cannot be mapped: Operation not permitted"),
     ],
 )
-def test_memory_that_could_shrink_is_refused(tmp_path: Path, what: str, sentence: str) -> None:
+def test_memory_that_is_not_as_ours_is_refused(tmp_path: Path, what: str, sentence: str) -> None:
     if what == "file":
         fd = os.open(tmp_path / "x", os.O_RDWR | os.O_CREAT)
     elif what == "small":
         fd, page = shared.Page.create()
         page.close()
+    elif what == "sealed against writing":
+        fd = os.memfd_create("x", os.MFD_ALLOW_SEALING)
+        os.ftruncate(fd, shared.ledger_bytes(64))
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_WRITE)
     else:
         fd = os.memfd_create("x") if what == "unsealed" else os.open(tmp_path / "x", os.O_RDWR | os.O_CREAT)
     with pytest.raises(shared.SharedMemoryError, match=sentence):

@@ -257,6 +257,21 @@ def test_a_gate_that_cannot_hold_is_asked_again_later() -> None:
     assert world.holds == 2
 
 
+def test_nothing_is_waited_for_where_nobody_can_give() -> None:
+    """A time in the past would keep the server thread from sleeping."""
+    world = World()
+    pool, offline, online = loaded(world)
+    pool.on_want(online, SLABS)
+    pool.on_held(False, "process 7 does not stop")
+    assert pool.deadline_ns() == world.now_ns + RETRY_NS
+    pool.disconnected(offline)
+    world.now_ns += RETRY_NS
+    pool.tick()
+    deadline = pool.deadline_ns()
+    assert deadline is None or deadline > world.now_ns
+    assert world.holds == 1
+
+
 def test_a_hold_that_comes_too_late_is_released() -> None:
     world = World()
     pool, _, online = loaded(world)

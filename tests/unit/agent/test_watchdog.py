@@ -36,7 +36,7 @@ def process(
         ("online is told of, too", process(Role.ONLINE), 5, "were granted"),
         ("just disconnected", process(connected=False, lost_ns=NOW_NS - watchdog.LOST_NS), 3, None),
         ("gone for long, with memory", process(connected=False, lost_ns=0), 3, "not reconnected"),
-        ("gone for long, without memory", process(held=0, connected=False, lost_ns=0), 0, None),
+        ("gone for long, all reclaimed", process(held=0, connected=False, lost_ns=0), 0, "not reconnected"),
         ("online is never told to come back", process(Role.ONLINE, connected=False, lost_ns=0), 3, None),
     ],
 )
