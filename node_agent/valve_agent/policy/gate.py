@@ -38,8 +38,8 @@ GAP_WINDOW_NS = 60_000_000_000
 """How long an idle report's decode gap counts: long enough to bridge a lull in online traffic,
 short enough that one stall does not lengthen every cooldown for long."""
 REJOIN_MAX_NS = 2_000_000_000
-"""An engine that was lost is back sooner than the engines of a node after an agent's start: it alone is waited
-for, and most often it has ended."""
+"""An engine that was lost is back sooner than a node's engines after an agent's start, and most often it has
+ended."""
 _GAPS_KEPT = 256  # bounds memory; see _Gaps.add
 
 
