@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import enum
 import errno
+import os
 import socket
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from valve_agent import wire
 from valve_agent.identity import Peer
@@ -52,10 +53,11 @@ class Connection:
         """the newest protocol that both sides speak, once the peer has said its own"""
         self.overflowed = False
         self._wants_write = wants_write
-        self._queue: deque[tuple[wire.Frame, Sequence[int]]] = deque()
+        self._queue: deque[tuple[wire.Frame, list[int]]] = deque()
+        """With descriptors of its own: the sender closes its own when it likes, and numbers are reused."""
 
     def send(self, frame: wire.Frame, fds: Sequence[int] = ()) -> None:
-        """Send now or queue. The descriptors must stay open as long as the connection. A peer that cannot be
+        """Send now or queue; the descriptors stay the caller's and may be closed then. A peer that cannot be
         sent to is marked `overflowed`, and the server drops it after this round."""
         if self.kind is Kind.CLOSED or self.overflowed:
             return
@@ -68,14 +70,14 @@ class Connection:
     def flush(self) -> None:
         """The socket takes data again."""
         while self._queue and self._try(*self._queue[0]):
-            self._queue.popleft()
+            _close(self._queue.popleft()[1])
         if not self._queue:
             self._wants_write(False)
 
     def reject(self, code: wire.RejectCode, sentence: str) -> None:
         """Say why, as the last frame. The caller closes the connection."""
         text = sentence.encode()[: wire.TEXT_BYTES - 1].decode(errors="ignore").encode()
-        self._queue.clear()
+        self.clear()
         self._try(wire.Reject(code=code, text=text), ())
         try:
             # Unread packets would make the peer's next recv fail before it sees the sentence.
@@ -86,11 +88,24 @@ class Connection:
         except OSError:
             return
 
+    def clear(self) -> None:
+        """Forget what waits to be sent."""
+        while self._queue:
+            _close(self._queue.popleft()[1])
+
     def _enqueue(self, frame: wire.Frame, fds: Sequence[int]) -> None:
         if len(self._queue) >= QUEUE_FRAMES_MAX:
             self.overflowed = True
+            return
+        own: list[int] = []
+        try:
+            for fd in fds:
+                own.append(os.dup(fd))
+        except OSError:  # the agent has no descriptors left
+            _close(own)
+            self.overflowed = True
         else:
-            self._queue.append((frame, fds))
+            self._queue.append((frame, own))
 
     def _try(self, frame: wire.Frame, fds: Sequence[int]) -> bool:
         """False: the socket is full. A lost peer swallows frames: its close is seen by the reader."""
@@ -105,3 +120,8 @@ class Connection:
             if error.errno not in (errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN):
                 raise
         return True
+
+
+def _close(fds: Iterable[int]) -> None:
+    for fd in fds:
+        os.close(fd)

@@ -113,6 +113,7 @@ class Server:
         assert self._handler is not None
         self._handler.on_closed(connection, why)
         connection.kind = Kind.CLOSED
+        connection.clear()
         del self.connections[connection.id]
         self._selector.unregister(connection.sock)
         connection.sock.close()

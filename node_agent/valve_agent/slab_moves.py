@@ -18,12 +18,12 @@ import functools
 import itertools
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from valve_agent import wire
 from valve_agent.connection import Connection, Kind
-from valve_agent.devices.base import ArenaError, DeviceError
+from valve_agent.devices.base import ArenaError, DeviceError, OutOfDeviceMemory
 from valve_agent.devices.nvidia.memory import NvidiaArena, NvidiaMemoryPool
 from valve_agent.identity import IdentityError
 from valve_agent.pool import ANSWER_TIMEOUT_NS, RETRY_NS, Holder
@@ -32,6 +32,11 @@ from valve_agent.wire import MemoryRoute, RejectCode, Role, bits
 
 FILL_SLABS = 64
 """Slabs made in one second."""
+MAPS_MAX = 64 * wire.MEMORY_BATCH
+"""Slabs that one process is asked to map at a time: no more frames than its connection takes."""
+ENDING_NS = 1_000_000_000
+"""A process that ends closes its memory connection first; one that is still there after so long goes on
+without."""
 
 
 class Owner(Protocol):
@@ -63,6 +68,20 @@ class Owner(Protocol):
 
 
 @dataclass(eq=False, slots=True)
+class _Await:
+    """A request to the memory thread of a process (route BY_TENANT)."""
+
+    why: str
+    """What it failed to do if no answer comes."""
+    ends_hold: bool
+    granted: int = 0
+    """The runtime hears of these once they are mapped."""
+    returned: int = 0
+    """The pool hears of these once quarantine lies there."""
+    then: Callable[[], None] | None = None
+
+
+@dataclass(eq=False, slots=True)
 class _Side:
     """A process's memory connection and what has not been mapped yet."""
 
@@ -76,19 +95,18 @@ class _Side:
     """The process has been told its route."""
     granting: int = 0
     returning: int = 0
+    failed: int = 0
+    """Counted as held, but nothing of the agent's lies there: the pool gets them back, later."""
+    awaited: dict[int, _Await] = field(default_factory=dict)
+    """Number of the request -> what was asked, in the order in which the process works it off."""
+    due_ns: int | None = None
+    """When the next answer must be here. It runs from the last one: until then the next was not begun."""
+    lost_ns: int | None = None
+    """When a connection was lost that is needed."""
 
-
-@dataclass(eq=False, slots=True)
-class _Await:
-    """A request to the memory thread of a process (route BY_TENANT)."""
-
-    side: _Side
-    deadline_ns: int
-    then: Callable[[], None]
-    on_timeout: str
-    ends_hold: bool
-    fds: list[int]
-    """Owned: a frame that waits in the connection's queue needs them."""
+    @property
+    def is_mapping(self) -> bool:
+        return any(waits.granted for waits in self.awaited.values())
 
 
 class SlabMoves:
@@ -98,7 +116,6 @@ class SlabMoves:
         self._owner = owner
         self._sides: dict[int, _Side] = {}
         """Main pid -> its side."""
-        self._awaited: dict[int, _Await] = {}
         self._ids = itertools.count(1)
         self._asked = False
         self._holding = False
@@ -107,7 +124,15 @@ class SlabMoves:
     # The memory connection --------------------------------------------------------------------------
 
     def every_second(self) -> None:
-        """Make slabs ahead of need, a few at a time: one takes the driver some hundred microseconds."""
+        """Clear up what could not be done at once. Make slabs ahead of need, a few at a time: one takes the
+        driver some hundred microseconds."""
+        for side in list(self._sides.values()):
+            if side.lost_ns is not None and self._owner.now_ns() - side.lost_ns >= ENDING_NS:
+                side.lost_ns = None
+                self._fail(side, "its memory thread is gone: its memory cannot be taken back")
+            failed, side.failed = side.failed, 0
+            if failed and side.process.memory is not None:
+                self._owner.returned(side.process.memory.holder, failed)
         try:
             self.memory.fill(FILL_SLABS)
         except DeviceError as error:
@@ -167,7 +192,7 @@ class SlabMoves:
                 self._wait_for_hold(side)
                 return
         elif side is not None and isinstance(frame, wire.MemoryDone) and not fds:
-            self._on_done(int(frame.id), int(frame.result))
+            self._on_done(side, int(frame.id), int(frame.result))
             return
         for fd in fds:
             os.close(fd)
@@ -178,12 +203,15 @@ class SlabMoves:
         if side is None:
             return
         side.connection = None
+        side.awaited.clear()
+        side.due_ns = None
         if not side.ready:
             self._drop(side)
-        elif side.arena.route == MemoryRoute.BY_TENANT and side.arena.offline:
-            self._owner.kill_process(
-                side.process, "its memory thread is gone: its memory cannot be taken back"
-            )
+        elif side.arena.route == MemoryRoute.BY_TENANT:
+            side.lost_ns = self._owner.now_ns()
+            side.failed |= side.granting
+            side.granting = 0
+        self._end_hold()
 
     def claim(self, process: Process) -> NvidiaArena:
         """The arena that this process has reserved. Raises ArenaError if it has not."""
@@ -203,25 +231,29 @@ class SlabMoves:
         if side is None:
             return
         self.memory.gone(side.arena)
-        for number in [number for number, waits in self._awaited.items() if waits.side is side]:
-            self._finish_wait(self._awaited.pop(number))
         if process.memory is None:
             self._close_arena(side)
+        self._end_hold()
 
     # Moves ------------------------------------------------------------------------------------------
 
     def grant(self, process: Process, mask: int) -> None:
         """Map these and tell the runtime; offline waits for a hold."""
         side = self._sides[process.pid]
-        if side.arena.offline:
-            side.granting |= mask
-            self._wait_for_hold(side)
-        else:
-            self._map(side, mask)
+        side.granting |= mask
+        self._wait_for_hold(side)
 
     def give_back(self, process: Process, mask: int) -> None:
-        """The runtime returned these; the pool hears of it when quarantine lies there."""
+        """The runtime returned these, or never heard of their grant. The pool hears of it when quarantine
+        lies there."""
         side = self._sides[process.pid]
+        side.granting &= ~mask
+        side.failed &= ~mask
+        for waits in side.awaited.values():
+            waits.granted &= ~mask  # mapped or not, quarantine comes next
+            mask &= ~waits.returned  # it is asked to already
+        if not mask:
+            return
         if side.arena.offline:
             side.returning |= mask
             self._wait_for_hold(side)
@@ -232,11 +264,11 @@ class SlabMoves:
         """Under the pool's hold: the runtime marks the slabs as lost, and `discard` remaps them. Where the
         tenant remaps, it does so first."""
         side = self._sides[process.pid]
+        side.granting &= ~int(frame.set)  # or its grant would follow the loss
         if side.arena.route == MemoryRoute.BY_TENANT:
-            why = "it did not remap reclaimed memory in time"
-            self._ask_quarantine(
-                side, int(frame.set), lambda: self._owner.send_to(process, frame), why, ends_hold=False
-            )
+            then = functools.partial(self._owner.send_to, process, frame)
+            waits = _Await("it did not remap reclaimed memory in time", ends_hold=False, then=then)
+            self._ask_quarantine(side, int(frame.set), waits)
         else:
             self._owner.send_to(process, frame)
 
@@ -246,6 +278,10 @@ class SlabMoves:
         if side is not None:
             side.granting &= ~mask
             side.returning &= ~mask
+            side.failed &= ~mask
+            for waits in side.awaited.values():
+                waits.granted &= ~mask
+                waits.returned &= ~mask
 
     def on_held(self, ok: bool, why: str) -> None:
         """The answer to `hold_for_moves`."""
@@ -265,20 +301,17 @@ class SlabMoves:
 
     def tick(self, now_ns: int) -> None:
         """Let time pass: answers that did not come, holds to ask for again."""
-        for number in [n for n, waits in self._awaited.items() if now_ns >= waits.deadline_ns]:
-            waits = self._awaited.pop(number)
-            if waits.side.process.memory is None:
-                self._refuse(waits.side, waits.on_timeout)
-            else:
-                self._owner.kill_process(waits.side.process, waits.on_timeout)
-            self._finish_wait(waits)
+        for side in [s for s in self._sides.values() if s.due_ns is not None and now_ns >= s.due_ns]:
+            side.due_ns = None
+            self._fail(side, next(iter(side.awaited.values())).why)
+        self._end_hold()
         if self._retry_ns and now_ns >= self._retry_ns:
             self._retry_ns = 0
             for side in self._waiting()[:1]:
                 self._wait_for_hold(side)
 
     def deadline_ns(self) -> int | None:
-        times = [waits.deadline_ns for waits in self._awaited.values()]
+        times = [side.due_ns for side in self._sides.values() if side.due_ns is not None]
         if self._retry_ns:
             times.append(self._retry_ns)
         return min(times, default=None)
@@ -286,7 +319,11 @@ class SlabMoves:
     # Under a hold -----------------------------------------------------------------------------------
 
     def _waiting(self) -> list[_Side]:
-        return [s for s in self._sides.values() if s.uvm_fds is not None or s.granting or s.returning]
+        return [
+            side
+            for side in self._sides.values()
+            if side.uvm_fds is not None or side.returning or (side.granting and not side.is_mapping)
+        ]
 
     def _wait_for_hold(self, side: _Side) -> None:
         if not side.arena.offline:
@@ -302,9 +339,12 @@ class SlabMoves:
         returning, side.returning = side.returning, 0
         if returning:
             self._take(side, returning)
-        granting, side.granting = side.granting, 0
-        if granting:
-            self._map(side, granting)
+        if side.granting and not side.is_mapping:
+            by_agent = side.arena.route == MemoryRoute.BY_AGENT
+            slabs = itertools.islice(bits(side.granting), None if by_agent else MAPS_MAX)
+            part = sum(1 << index for index in slabs)
+            side.granting &= ~part
+            self._map(side, part)
 
     def _attach(self, side: _Side, fds: list[int]) -> None:
         try:
@@ -320,7 +360,9 @@ class SlabMoves:
                 "the GPU driver takes no mappings from the agent, and libcuda does not remap while this "
                 "process is paused: its memory could never be taken back (docs/architecture.md, GPU memory)"
             )
-            self._ask_quarantine(side, 1, lambda: self._ready(side), why, ends_hold=True)
+            self._ask_quarantine(
+                side, 1, _Await(why, ends_hold=True, then=functools.partial(self._ready, side))
+            )
         else:
             self._ready(side)
 
@@ -331,28 +373,45 @@ class SlabMoves:
             side.connection.send(wire.MemoryReady(route=side.arena.route))
 
     def _map(self, side: _Side, mask: int) -> None:
+        if side.arena.route == MemoryRoute.BY_TENANT and side.connection is None:
+            side.failed |= mask  # it ends, or `every_second` says that it does not
+            return
         try:
             given = self.memory.grant(side.arena, bits(mask))
-        except DeviceError as error:
-            if side.arena.offline:
-                self._owner.kill_process(side.process, f"memory cannot be granted to it: {error}")
-            else:  # it goes on with what it has (P5)
-                self._owner.emit_for(side.process, "grant-failed", level="error", why=str(error))
+        except OutOfDeviceMemory as error:  # its arena is as it was
+            self._not_granted(side, mask, str(error))
             return
-        if len(given) < mask.bit_count():
-            self._owner.emit_for(
-                side.process,
-                "grant-failed",
-                level="error",
-                why="the GPU has less memory than the policy says",
-            )
+        except DeviceError as error:
+            self._cannot_map(side, mask, error)
+            return
         granted = sum(1 << index for index in given)
         if side.arena.route == MemoryRoute.BY_AGENT:
             self._tell(side, granted)
         else:
             self._ask_maps(side, given)
+        if granted != mask:
+            self._not_granted(
+                side,
+                mask & ~granted,
+                f"the GPU gave {len(given)} of {mask.bit_count()} slabs: lower spec.memory.pool in the "
+                "policy, or end what else uses its memory",
+            )
+
+    def _cannot_map(self, side: _Side, mask: int, error: DeviceError) -> None:
+        if side.arena.offline:
+            self._kill(side, f"memory cannot be granted to it: {error}")
+        else:
+            self._not_granted(side, mask, str(error))
+
+    def _not_granted(self, side: _Side, mask: int, why: str) -> None:
+        """Nor what waits behind these. Given back by `every_second`: the pool itself may be calling now."""
+        side.failed |= mask | side.granting
+        side.granting = 0
+        self._owner.emit_for(side.process, "grant-failed", level="error", why=why)
 
     def _tell(self, side: _Side, granted: int) -> None:
+        if not granted:
+            return
         frame = wire.Grant(id=0, at_ns=self._owner.now_ns(), set=wire.Bitmap.from_int(granted))
         self._owner.send_to(side.process, frame)
 
@@ -363,11 +422,8 @@ class SlabMoves:
         if side.arena.route == MemoryRoute.BY_AGENT:
             self._owner.returned(memory.holder, mask)
             return
-        holder = memory.holder
         why = "it did not remap returned memory in time"
-        self._ask_quarantine(
-            side, mask, lambda: self._owner.returned(holder, mask), why, ends_hold=side.arena.offline
-        )
+        self._ask_quarantine(side, mask, _Await(why, ends_hold=side.arena.offline, returned=mask))
 
     # Route BY_TENANT --------------------------------------------------------------------------------
 
@@ -375,63 +431,76 @@ class SlabMoves:
         for start in range(0, len(given), wire.MEMORY_BATCH):
             batch = given[start : start + wire.MEMORY_BATCH]
             frame = wire.MemoryMap(id=next(self._ids), count=len(batch))
-            for place, index in enumerate(batch):
-                frame.slab[place] = index
-            granted = sum(1 << index for index in batch)
-            fds = [self.memory.export(side.arena, index) for index in batch]
-            self._ask(
-                side, frame, fds, functools.partial(self._tell, side, granted),
-                "it did not map granted memory in time", ends_hold=side.arena.offline,
-            )  # fmt: skip
+            fds: list[int] = []
+            try:
+                for place, index in enumerate(batch):
+                    frame.slab[place] = index
+                    fds.append(self.memory.export(side.arena, index))
+                granted = sum(1 << index for index in batch)
+                why = "it did not map granted memory in time"
+                self._ask(side, frame, fds, _Await(why, ends_hold=side.arena.offline, granted=granted))
+            except DeviceError as error:
+                self._cannot_map(side, sum(1 << index for index in given[start:]), error)
+                return
+            finally:
+                for fd in fds:
+                    os.close(fd)
 
-    def _ask_quarantine(
-        self, side: _Side, mask: int, then: Callable[[], None], why: str, *, ends_hold: bool
-    ) -> None:
+    def _ask_quarantine(self, side: _Side, mask: int, waits: _Await) -> None:
         frame = wire.MemoryQuarantine(id=next(self._ids), set=wire.Bitmap.from_int(mask))
-        self._ask(side, frame, [], then, why, ends_hold=ends_hold)
+        self._ask(side, frame, [], waits)
 
     def _ask(
         self,
         side: _Side,
         frame: wire.MemoryMap | wire.MemoryQuarantine,
         fds: list[int],
-        then: Callable[[], None],
-        on_timeout: str,
-        *,
-        ends_hold: bool,
+        waits: _Await,
     ) -> None:
-        deadline_ns = self._owner.now_ns() + ANSWER_TIMEOUT_NS
-        waits = _Await(side, deadline_ns, then, on_timeout, ends_hold, fds)
-        if side.connection is None:  # its process is gone, or about to be killed
-            self._finish_wait(waits)
+        if side.connection is None:  # it ends, or `every_second` sees to it
             return
-        self._awaited[int(frame.id)] = waits
+        side.awaited[int(frame.id)] = waits
+        if side.due_ns is None:
+            side.due_ns = self._owner.now_ns() + ANSWER_TIMEOUT_NS
         side.connection.send(frame, fds)
 
-    def _on_done(self, number: int, result: int) -> None:
-        waits = self._awaited.pop(number, None)
+    def _on_done(self, side: _Side, number: int, result: int) -> None:
+        waits = side.awaited.pop(number, None)
         if waits is None:
             return  # too late: it was refused or killed for it
+        side.due_ns = self._owner.now_ns() + ANSWER_TIMEOUT_NS if side.awaited else None
         if result:
-            why = f"libcuda refused to remap its memory with CUDA error {result}"
-            if waits.side.process.memory is None:
-                self._refuse(waits.side, why)
-            else:
-                self._owner.kill_process(waits.side.process, why)
+            self._fail(side, f"libcuda refused to remap its memory with CUDA error {result}")
         else:
-            waits.then()
-        self._finish_wait(waits)
+            self._tell(side, waits.granted)
+            if waits.returned and side.process.memory is not None:
+                self._owner.returned(side.process.memory.holder, waits.returned)
+            if waits.then is not None:
+                waits.then()
+        if not side.arena.offline:
+            self._move(side)  # the rest of a large grant
+        self._end_hold()
 
-    def _finish_wait(self, waits: _Await) -> None:
-        for fd in waits.fds:
-            os.close(fd)
-        waits.fds = []
-        if waits.ends_hold:
-            self._end_hold()
+    def _fail(self, side: _Side, why: str) -> None:
+        """It did not do what it was asked to. Online goes on with what it has (P5), and may still answer."""
+        if side.process.memory is None:
+            self._refuse(side, why)
+        elif side.arena.offline:
+            self._kill(side, why)
+        else:
+            self._owner.emit_for(side.process, "grant-failed", level="error", why=why)
+
+    def _kill(self, side: _Side, why: str) -> None:
+        """Nothing of it waits any more."""
+        side.granting = side.returning = 0
+        side.awaited.clear()
+        side.due_ns = None
+        self._owner.kill_process(side.process, why)
 
     def _end_hold(self) -> None:
         """Release the hold once nothing waits for it any more."""
-        if not self._holding or any(waits.ends_hold for waits in self._awaited.values()):
+        awaited = (waits for side in self._sides.values() for waits in side.awaited.values())
+        if not self._holding or any(waits.ends_hold for waits in awaited):
             return
         if waiting := self._waiting():
             for side in waiting:

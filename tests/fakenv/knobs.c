@@ -117,9 +117,12 @@ static bool add_rule(const char *what, const char *number, uint32_t denied_with,
     return false;
 }
 
+static _Atomic unsigned holds;
+
 static void *hold(void *milliseconds)
 {
     pthread_mutex_lock(&rm_lock);
+    holds++;
     usleep((useconds_t)(intptr_t)milliseconds * 1000);
     pthread_mutex_unlock(&rm_lock);
     return NULL;
@@ -198,8 +201,14 @@ void knobs_execute(const char *line, char *reply, size_t bytes)
         word[words++] = w;
     if (words == 2 && strcmp(word[0], "hold") == 0) {
         pthread_t thread;
-        if (pthread_create(&thread, NULL, hold, (void *)(intptr_t)strtol(word[1], NULL, 0)) == 0)
-            pthread_detach(thread);
+        unsigned before = holds;
+        if (pthread_create(&thread, NULL, hold, (void *)(intptr_t)strtol(word[1], NULL, 0))) {
+            put(&t, "error: no thread is to be had");
+            return;
+        }
+        pthread_detach(thread);
+        while (holds == before) /* the answer says that the lock is held */
+            usleep(100);
         put(&t, "ok");
         return;
     }

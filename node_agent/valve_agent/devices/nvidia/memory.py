@@ -18,6 +18,7 @@ Threading model: the server thread; every call is a few ioctls. Callers: slab_mo
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterable
 
@@ -25,6 +26,9 @@ from valve_agent.devices.base import ArenaError, DeviceError, OutOfDeviceMemory
 from valve_agent.devices.nvidia.physical import ADOPTED, PhysicalSlabs, Slab
 from valve_agent.devices.nvidia.uvm import Mapper
 from valve_agent.wire import SLABS_MAX, MemoryRoute
+
+ADDRESS_BITS = 57
+"""Of the widest address space that a GPU has."""
 
 
 class NotEvicted(ArenaError):
@@ -113,6 +117,7 @@ class NvidiaMemoryPool:
         `uvm_fds` and the route that works; takes the descriptors over. Raises ArenaError, and then owns
         none."""
         self._require_hold(arena)
+        self._check_place(arena, base)
         refusals: list[str] = []
         arena.base = base
         if MemoryRoute.BY_AGENT in self._routes:
@@ -152,7 +157,9 @@ class NvidiaMemoryPool:
 
     def adopt(self, arena: NvidiaArena, base: int, held: Iterable[int], offline: bool) -> None:
         """What the process says that it holds. The memory lives by its mappings; its handles died with the
-        agent that made them, so it returns to the GPU when it is taken, and is made anew."""
+        agent that made them, so it returns to the GPU when it is taken, and is made anew. Raises
+        ArenaError."""
+        self._check_place(arena, base)
         arena.base, arena.offline = base, offline
         arena.held = dict.fromkeys(held)
         try:
@@ -165,22 +172,17 @@ class NvidiaMemoryPool:
 
     def grant(self, arena: NvidiaArena, slabs: Iterable[int]) -> list[int]:
         """Zeroed memory lies at these slabs of the arena on return; those that it could be given, in order.
-        Raises NotEvicted, ArenaError when nothing could be given."""
+        Raises NotEvicted; DeviceError when nothing could be given: OutOfDeviceMemory if the arena is as it
+        was."""
         self._require_hold(arena)
         given: list[int] = []
         for index in slabs:
             try:
-                slab = self._physical.take()
-            except OutOfDeviceMemory:
+                slab = self._fresh(arena, index)
+            except DeviceError:
                 if given:
                     break
                 raise
-            try:
-                if arena.route == MemoryRoute.BY_AGENT:
-                    self._map(arena, index, slab)
-            except DeviceError as error:
-                self._physical.give([slab])
-                raise ArenaError(f"slab {index} cannot be mapped: {error}") from error
             arena.held[index] = slab
             self._in_use += 1
             given.append(index)
@@ -220,7 +222,9 @@ class NvidiaMemoryPool:
         """`discard` came before. The agent's descriptors hold the process's files open: closed at once."""
         if arena.quarantine is not None:
             if arena.quarantine.number == ADOPTED:
-                self._physical.forget(arena.quarantine)
+                # A lost GPU refuses. The driver frees it with the agent's client, when the agent ends.
+                with contextlib.suppress(DeviceError):
+                    self._physical.forget(arena.quarantine)
             else:
                 self._physical.give([arena.quarantine])
             arena.quarantine = None
@@ -232,6 +236,29 @@ class NvidiaMemoryPool:
     def shut_down(self) -> None:
         """The agent ends. What tenants have mapped lives on in them."""
         self._physical.close()
+
+    def _fresh(self, arena: NvidiaArena, index: int) -> Slab:
+        """A slab, which on route BY_AGENT lies at `index` on return. Raises DeviceError."""
+        slab = self._physical.take()
+        try:
+            if arena.route == MemoryRoute.BY_AGENT:
+                self._map(arena, index, slab)
+        except DeviceError as error:
+            self._physical.give([slab])
+            raise ArenaError(f"slab {index} cannot be mapped: {error}") from error
+        return slab
+
+    def _check_place(self, arena: NvidiaArena, base: int) -> None:
+        """The process says where its arena lies. Raises ArenaError."""
+        unit = self._physical.granularity
+        if base % unit:
+            raise ArenaError(
+                f"an arena at 0x{base:x} is not aligned to the {unit} bytes that this GPU maps at"
+            )
+        if base + arena.slabs * self.slab_bytes >= 1 << ADDRESS_BITS:
+            raise ArenaError(
+                f"an arena of {arena.slabs} slabs at 0x{base:x} is beyond what a GPU can address"
+            )
 
     def _quarantine(self, arena: NvidiaArena, index: int) -> None:
         try:

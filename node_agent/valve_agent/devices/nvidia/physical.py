@@ -65,6 +65,8 @@ class PhysicalSlabs:
                 "spec.memory.slabSize in the policy"
             )
         self.slab_bytes = slab_bytes
+        self.granularity = granularity
+        """bytes; memory is mapped at multiples of it"""
         self.made = 0
         self._room = room
         self._driver = driver
