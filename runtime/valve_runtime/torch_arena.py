@@ -101,9 +101,9 @@ def tensor_at(address: int, nbytes: int, dtype: Any, device: Any) -> Any:
 
 
 @contextmanager
-def on_arena(places: Places, arena: Arena, nbytes: int | None = None) -> Iterator[None]:
+def on_arena(places: Places, arena: Arena, nbytes: int | None = None) -> Iterator[list[tuple[int, int]]]:
     """Answer one ``torch.zeros(n, dtype=int8 or uint8)`` with memory of the arena: the one of ``nbytes``
-    bytes if given, else the first of at least ``SMALLEST_BYTES``.
+    bytes if given, else the first of at least ``SMALLEST_BYTES``. Yields what will be (address, bytes) of it.
 
     Raises EngineUnsupported if there was none or more than one, if it does not fit, if part of the arena
     is somebody else's, or if the engine's device is not the agent's.
@@ -141,7 +141,7 @@ def on_arena(places: Places, arena: Arena, nbytes: int | None = None) -> Iterato
 
     try:
         with OnArena():
-            yield
+            yield placed
         _check_one(taken)
     except BaseException:
         for at, size in placed:

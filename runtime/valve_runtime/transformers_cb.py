@@ -11,7 +11,11 @@ On a GPU transformers prepares and launches batch N+1 before it reads the output
 does not stop this process, only its channels. A slab is marked lost before it is taken, so whoever reads
 outputs first and drains afterwards knows of every loss that they can have met: that is the order here.
 
-Threading: the manager's generation thread, except ``add_request`` (any thread).
+One manager at a time has the arena. When it is stopped for good (`generate_batch` makes a new one for every
+call) its slabs go back, and the next one begins anew.
+
+Threading: the manager's generation thread, except ``add_request`` (any thread) and what makes and stops a
+manager (its owner's thread, while no generation thread runs).
 """
 
 from __future__ import annotations
@@ -51,6 +55,9 @@ logger = logging.getLogger("valve.transformers")
 
 TRASH = (0, 1)
 VERSIONS = ((5, 19),)
+GRANT_WAIT_S = 0.1
+"""How long an online request that does not fit waits for memory here, which takes milliseconds: the engine
+itself would look again after as long."""
 VOID = "valve_lost_blocks"
 """Attribute of a request state whose outputs, of every batch that is in flight, must not be believed."""
 
@@ -99,14 +106,18 @@ def _hook(adapter: Adapter) -> None:
         setattr(owner, name, wrapped)
 
     replace(PagedAttentionCache, "__init__", adapter.make_cache)
+    replace(PagedAttentionCache, "reset", adapter.reset_cache)
     replace(ContinuousBatchingManager, "add_request", adapter.add_request)
+    replace(ContinuousBatchingManager, "stop", adapter.stop)
+    replace(ContinuousBatchingManager, "_create_batch_processor", adapter.create_processor)
+    replace(ContinuousBatchingManager, "_run_generation_loop", adapter.run)
     replace(ContinuousBatchProcessor, "__init__", adapter.make_processor)
     replace(ContinuousBatchProcessor, "prepare_next_batch", adapter.prepare_next_batch)
     replace(ContinuousBatchProcessor, "update_batch", adapter.update_batch)
 
 
 class Adapter:
-    """Valve in one process with one continuous-batching manager."""
+    """Valve in one process with one continuous-batching manager at a time."""
 
     def __init__(self, valve: Any, settings: DemandSettings) -> None:
         self._valve = valve
@@ -114,6 +125,13 @@ class Adapter:
         self._activity = Activity(valve)
         self._gap = DecodeGap()
         self._adding = 0
+        self._running: set[Any] = set()
+        """Managers whose generation thread runs."""
+        self._cache: Any = None
+        """The one on the arena."""
+        self._owner: Any = None
+        """Its manager."""
+        self._placed: list[tuple[int, int]] = []
         self._pool: ElasticPool | None = None
         self._tenant: CacheTenant | None = None
 
@@ -126,18 +144,36 @@ class Adapter:
         config, batching, dtype = asked["config"], asked["continuous_batching_config"], asked["dtype"]
         device, was = torch.device(asked["device"]), batching.num_blocks
         try:
+            self._check_alone()
             arena = self._open_arena(device)
             batching.num_blocks = self._blocks(arena, config, batching, dtype, device)
-            with _arena_counts(arena.nbytes if device.type == "cuda" else 0), on_arena(self._valve, arena):
+            counts = _arena_counts(arena.nbytes if device.type == "cuda" else 0)
+            with counts, on_arena(self._valve, arena) as self._placed:
                 original(cache, *args, **kwargs)
+            self._cache = cache
             self._pool = self._pool_over(arena, cache)
             await_pinned(self._valve, self._pool, self._settings)
         except (RuntimeFault, _lib.ValveError) as refused:
+            if self._cache is cache:
+                self._release()
             if not self._settings.urgent:
                 raise
             logger.error("valve: no arena (%s): the KV cache stays static and is not shared", refused)
-            self._pool, batching.num_blocks = None, was
+            batching.num_blocks = was
             original(cache, *args, **kwargs)
+
+    def _check_alone(self) -> None:
+        if self._cache is not None:
+            raise EngineUnsupported(
+                "another continuous-batching manager of this process has the arena: stop it first "
+                "(manager.stop() without keep_for_next_session)"
+            )
+
+    def reset_cache(self, original: Callable[..., None], cache: Any) -> None:
+        """As a warm-up ends: every sector is free again, also what was not granted."""
+        original(cache)
+        if self._tenant is not None and cache is self._cache:
+            self._tenant.withdraw_again()
 
     def _open_arena(self, device: Any) -> Any:
         timeout_ms = 3_000 if self._settings.urgent else 30_000
@@ -182,46 +218,117 @@ class Adapter:
         self, original: Callable[..., None], processor: Any, *args: Any, **kwargs: Any
     ) -> None:
         original(processor, *args, **kwargs)
-        self._tenant = None
-        if self._pool is not None:
+        if self._pool is not None and processor.cache is self._cache:
             self._tenant = CacheTenant(self._valve, self._pool, self._settings, processor)
+
+    def create_processor(self, original: Callable[..., Any], manager: Any) -> Any:
+        try:
+            processor = original(manager)
+        except BaseException:
+            if self._cache is not None and self._owner is None:
+                self._release()
+            raise
+        if processor.cache is self._cache:
+            self._owner = manager
+        return processor
+
+    def run(self, original: Callable[..., None], manager: Any) -> None:
+        """The generation thread: whatever ends it, nothing more happens to its requests."""
+        self._running.add(manager)
+        try:
+            original(manager)
+        finally:
+            self._running.discard(manager)
+            self._settle()
+            self._release_if_stopped(manager)
+
+    def stop(self, original: Callable[..., None], manager: Any, *args: Any, **kwargs: Any) -> None:
+        original(manager, *args, **kwargs)
+        self._release_if_stopped(manager)
+
+    def _release_if_stopped(self, manager: Any) -> None:
+        if manager is self._owner and manager.batch_processor is None and manager not in self._running:
+            self._release()
+
+    def _release(self) -> None:
+        """Give the arena back, for the next manager."""
+        pool, self._pool = self._pool, None
+        self._cache = self._owner = self._tenant = None
+        if self._valve.ledger_begin():
+            self._valve.ledger_commit()  # nobody owns anything
+        self._valve.want(0, False)
+        if pool is not None:
+            pool.apply(drain_events(self._valve))
+            for slab in sorted(pool.held):
+                self._valve.give_back(slab)
+        for address, nbytes in self._placed:
+            self._valve.unplace(address, nbytes)
 
     def add_request(self, original: Callable[..., Any], manager: Any, *args: Any, **kwargs: Any) -> Any:
         self._adding += 1
         entry = f"{self._adding}"
         self._activity.enter(entry)
         self._valve.count(COUNT_REQUESTS, 1)
+        accepted = None
         try:
-            return original(manager, *args, **kwargs)
+            accepted = original(manager, *args, **kwargs)
+            return accepted
         finally:
             self._activity.entered(entry)
+            if accepted is None:  # it was dropped
+                self._settle()
 
     def prepare_next_batch(self, original: Callable[..., bool], processor: Any) -> bool:
-        tenant = self._tenant
+        tenant = self._tenant_of(processor)
         if tenant is not None:
             tenant.drain()
             tenant.ask()
         prepared = original(processor)
         if tenant is not None:
+            if not prepared and self._settings.urgent:
+                prepared = self._wait_for_memory(original, processor, tenant)
             tenant.publish()
         if not prepared:
-            self._settle(processor)
+            self._settle()
+        return prepared
+
+    def _wait_for_memory(self, original: Callable[..., bool], processor: Any, tenant: CacheTenant) -> bool:
+        """Its requests were in the queue when `ask` looked, and nothing fits."""
+        until = time.monotonic() + GRANT_WAIT_S
+        prepared = False
+        while not prepared and tenant.is_short and processor.has_pending_requests():
+            if time.monotonic() > until:
+                break
+            tenant.ask(at_once=True)
+            time.sleep(0.001)
+            if tenant.drain():
+                prepared = original(processor)
         return prepared
 
     def update_batch(self, original: Callable[..., None], processor: Any) -> None:
         original(processor)
-        if self._tenant is not None:
-            self._valve.count(COUNT_TOKENS, self._tenant.accepted)
+        tenant = self._tenant_of(processor)
+        if tenant is not None:
+            self._valve.count(COUNT_TOKENS, tenant.accepted)
         self._gap.iteration(time.monotonic())
-        self._settle(processor)
+        self._settle()
 
-    def _settle(self, processor: Any) -> None:
-        def present() -> int:
-            scheduler = processor.scheduler
-            queued = int(processor.input_queue.qsize())
-            return len(scheduler.active_requests) + len(scheduler.waiting_requests) + queued
+    def _tenant_of(self, processor: Any) -> CacheTenant | None:
+        tenant = self._tenant
+        return tenant if tenant is not None and tenant.cache is processor.cache else None
 
-        self._activity.settle(present, self._gap.longest_ns(time.monotonic()))
+    def _present(self) -> int:
+        """Requests that a generation thread has or will take."""
+        count = 0
+        for manager in tuple(self._running):
+            count += int(manager.input_queue.qsize())
+            if manager.batch_processor is not None:
+                scheduler = manager.batch_processor.scheduler
+                count += len(scheduler.active_requests) + len(scheduler.waiting_requests)
+        return count
+
+    def _settle(self) -> None:
+        self._activity.settle(self._present, self._gap.longest_ns(time.monotonic()))
         if not self._activity.busy:
             self._gap.rest()
 
@@ -251,7 +358,7 @@ class CacheTenant:
         self._valve = valve
         self._pool = pool
         self._scheduler: Any = processor.scheduler
-        self._cache: Any = processor.cache
+        self.cache: Any = processor.cache
         (self._allocator,) = processor.cache.cache_allocators.values()
         self._settings = settings
         self._demand = Demand(valve, pool, settings)
@@ -300,15 +407,26 @@ class CacheTenant:
         self.accepted = len(kept_tokens)
         return kept, kept_tokens, kept_logprobs if logprobs is not None else None
 
-    def drain(self) -> None:
-        """Bring the cache up to date. Before scheduling, and before outputs are believed."""
+    @property
+    def is_short(self) -> bool:
+        """Whether more could be granted."""
+        return bool(self._withdrawn)
+
+    def withdraw_again(self) -> None:
+        """After the cache has made every sector free."""
+        self._withdraw(set(self._withdrawn))
+
+    def drain(self) -> bool:
+        """Bring the cache up to date. Before scheduling, and before outputs are believed. True if there is
+        more than before."""
         change = self._pool.apply(drain_events(self._valve))
         if change.lost:
             self._lose(change.lost)
             self._withdraw(change.lost - change.gained)
         back = sorted(change.gained & self._withdrawn, reverse=True)
         self._withdrawn.difference_update(back)
-        self._cache.pool.free_sectors.extend(back)  # handed out from the end: low numbers first
+        self.cache.pool.free_sectors.extend(back)  # handed out from the end: low numbers first
+        return bool(back)
 
     def _lose(self, lost: set[int]) -> None:
         ledger, scheduler = self._allocator.ledger, self._scheduler
@@ -318,7 +436,7 @@ class CacheTenant:
                 ledger.hash_to_block.pop(block_hash, None)
             if block in ledger.cached_blocks:
                 del ledger.cached_blocks[block]
-                self._cache.pool.free_blocks(self._allocator.index, [block])
+                self.cache.pool.free_blocks(self._allocator.index, [block])
         table = self._allocator.block_table
         owners = [(s, set(table.get(s.request_id, ()))) for s in scheduler.active_requests.values()]
         victims = [state for state, blocks in owners if not lost.isdisjoint(blocks)]
@@ -349,9 +467,9 @@ class CacheTenant:
 
     def _withdraw(self, blocks: Any) -> None:
         """Take free blocks out of circulation."""
-        self._cache.pool.try_to_free_sectors()
+        self.cache.pool.try_to_free_sectors()
         away = {block for block in blocks if block not in TRASH}
-        free = self._cache.pool.free_sectors
+        free = self.cache.pool.free_sectors
         missing = away - set(free)
         if missing:
             raise EngineUnsupported(
@@ -361,10 +479,10 @@ class CacheTenant:
         free[:] = [sector for sector in free if sector not in away]
         self._withdrawn |= away
 
-    def ask(self) -> None:
+    def ask(self, *, at_once: bool = False) -> None:
         """Say what the queue could use; give back what it has not used for a while."""
         now = time.monotonic()
-        if now - self._asked_at < 0.05:
+        if now - self._asked_at < 0.05 and not at_once:
             return
         self._asked_at = now
         scheduler, size = self._scheduler, self._allocator.tokens_per_page
@@ -377,8 +495,8 @@ class CacheTenant:
             self._demand.raise_to(needed, now, urgent=self._settings.urgent)
         surplus = self._demand.surplus(needed, now)
         if surplus:
-            self._cache.pool.try_to_free_sectors()
-            for slab in self._pool.returnable(self._cache.pool.free_sectors, surplus):
+            self.cache.pool.try_to_free_sectors()
+            for slab in self._pool.returnable(self.cache.pool.free_sectors, surplus):
                 self._withdraw(self._pool.give_up(slab))
                 self._valve.give_back(slab)
 

@@ -275,7 +275,8 @@ def run(config: VllmConfig, plugin: Any, seed: int, case: dict[str, Any]) -> dic
     device.told = set(device.granted)
     pool.apply([(GRANTED, slab) for slab in sorted(device.granted)])
     plugin.valve = device
-    plugin.backing = SimpleNamespace(link=device, pool=pool, settings=DemandSettings(idle_return_s=1e9))
+    settings = DemandSettings(idle_return_s=1e9)
+    plugin.backing = SimpleNamespace(link=device, pool=pool, settings=settings, runner=None)
     spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=8, dtype=torch.float32)
     cache = KVCacheConfig(BLOCKS, [], [KVCacheGroupSpec(["layer"], spec)])
     make = AsyncScheduler if asynchronous else Scheduler

@@ -37,3 +37,20 @@ def test_outputs_survive_reclaims(
         disturbed = generate_disturbed(engine, thief, agent, 92, times=4, **request)["tokens"]
     assert reclaims_in_use(agent.events()) >= 2, "the test did not take memory in use"
     assert (disturbed == calm) is same
+
+
+def test_the_next_manager_begins_with_what_the_last_one_gave_back(
+    agent: LiveAgent, thief: LiveTenant, runtime: Path, engine_python: Path, model: Path, tmp_path: Path
+) -> None:
+    """`generate_batch` makes a manager for every call."""
+    program = [str(engine_python), "-P", str(DRIVER), "--model", str(model)]
+    command = valve_run(agent.socket, runtime, "offline", "batch", program)
+    request = {"prompts": [f"Tell me about {s}." for s in SUBJECTS], "tokens": TOKENS}
+    with Engine("engine", command, environment({}), tmp_path / "engine.log") as engine:
+        assert engine.answer()["tenant"]
+        first = engine.ask("generate", **request)["tokens"]
+        again = engine.ask("generate", new_manager=True, **request)["tokens"]
+        disturbed = generate_disturbed(engine, thief, agent, 92, times=4, **request)["tokens"]
+    assert again == first
+    assert disturbed == first
+    assert reclaims_in_use(agent.events()) >= 2, "the test did not take memory in use"

@@ -7,10 +7,12 @@ It shows what a program must do to be a tenant: one call of `install()`, which d
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
 import sys
 import time
+from typing import Any
 
 
 def main() -> int:
@@ -33,14 +35,24 @@ def main() -> int:
     batching = ContinuousBatchingConfig(
         page_size=32, max_batch_tokens=512, num_blocks=128, allow_block_sharing=arguments.prefix_caching
     )
-    manager = model.init_continuous_batching(
-        generation_config=GenerationConfig(do_sample=False, eos_token_id=-1),
-        continuous_batching_config=batching,
-    )
-    manager.start()
+
+    def new_manager() -> Any:
+        made = model.init_continuous_batching(
+            generation_config=GenerationConfig(do_sample=False, eos_token_id=-1),
+            continuous_batching_config=copy.deepcopy(batching),
+        )
+        made.warmup()
+        made.batch_processor.cache.reset()  # so ends a warm-up where it does something, on a GPU
+        made.start()
+        return made
+
+    manager = new_manager()
     print(json.dumps({"ready": True, "tenant": tenant}), file=answers, flush=True)
     for line in sys.stdin:
         command = json.loads(line)
+        if command.get("new_manager"):
+            manager.stop(block=True)
+            manager = new_manager()
         started = time.monotonic()
         found: dict[str, list[int]] = {}
         ids = [

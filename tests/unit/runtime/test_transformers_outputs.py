@@ -12,86 +12,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from cb_stand_ins import Engine, State
 
-from valve_runtime.elastic import GRANTED, LOST, DemandSettings, ElasticPool, RuntimeFault
-from valve_runtime.geometry import Region, build
-from valve_runtime.transformers_cb import Adapter, CacheTenant
-
-BLOCKS = 10
-
-
-class State:
-    """A request: transformers' RequestState."""
-
-    def __init__(self, name: str, blocks: list[int]) -> None:
-        self.request_id, self.blocks = name, blocks
-        self.position_offset = 5
-
-    def create_equivalent_initial_request(self) -> State:
-        return State(self.request_id, [])
-
-
-class Link:
-    def __init__(self) -> None:
-        self.events: list[tuple[int, int]] = []
-
-    def poll(self) -> tuple[int, int] | None:
-        return self.events.pop(0) if self.events else None
-
-    def count(self, counter: int, n: int) -> None: ...
-
-
-class Engine:
-    """A processor with a scheduler, a cache and inputs and outputs; one block is one slab."""
-
-    def __init__(self) -> None:
-        self.link = Link()
-        self.free = list(range(2, BLOCKS))
-        self.table: dict[str, list[int]] = {}
-        ledger = SimpleNamespace(block_to_hash={}, hash_to_block={}, cached_blocks={})
-        allocator = SimpleNamespace(block_table=self.table, ledger=ledger, index=0)
-        pool = SimpleNamespace(free_sectors=self.free, try_to_free_sectors=lambda: None)
-        self.cache = SimpleNamespace(cache_allocators={"full": allocator}, pool=pool)
-        self.scheduler: Any = SimpleNamespace(
-            active_requests={}, waiting_requests={}, waiting_requests_order=_Order(),
-            schedule_batch=lambda: None, finish_request=self._finish,
-        )  # fmt: skip
-        self.outputs: list[Any] = []
-        self.during: list[tuple[int, int]] = []
-        """what the device loses while a batch is awaited"""
-        self.inputs_and_outputs: Any = SimpleNamespace(prepare_batch_update=self._await, io_pairs=())
-        elastic = ElasticPool(build([Region(0, 1, 0, 10, 10)], BLOCKS, 10, BLOCKS), pinned=(0, 1))
-        elastic.apply([(GRANTED, slab) for slab in range(BLOCKS)])
-        self.tenant = CacheTenant(self.link, elastic, DemandSettings(), self)
-
-    def run(self, name: str, *blocks: int) -> State:
-        state = State(name, list(blocks))
-        self.scheduler.active_requests[name] = state
-        self.table[name] = list(blocks)
-        self.free[:] = [b for b in self.free if b not in blocks]
-        return state
-
-    def _finish(self, name: str) -> None:
-        self.free.extend(self.table.pop(name))
-        del self.scheduler.active_requests[name]
-
-    def _await(self) -> Any:
-        self.link.events += self.during
-        self.during = []
-        return self.outputs.pop(0)
-
-    def update(self) -> list[tuple[str, int]]:
-        """What transformers' update_batch is given: (request, token)."""
-        futures, tokens, _ = self.inputs_and_outputs.prepare_batch_update()
-        return [
-            (future.state.request_id, token)
-            for future, token in zip((f for f in futures if f.has_new_token), tokens, strict=True)
-        ]
-
-
-class _Order(list[str]):
-    def appendleft(self, name: str) -> None:
-        self.insert(0, name)
+from valve_runtime.elastic import LOST, DemandSettings, RuntimeFault
+from valve_runtime.transformers_cb import Adapter
 
 
 def batch(*states: State, prefilling: tuple[State, ...] = ()) -> Any:
