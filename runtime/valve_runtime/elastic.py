@@ -209,12 +209,19 @@ class Demand:
             wanted = self._wanted
         self._link.want(wanted, urgent)
 
+    def enough_for(self, blocks: int) -> int:
+        """Slabs that ``surplus`` leaves when ``blocks`` blocks are enough."""
+        return self.slabs_for(max(blocks, self._settings.floor_blocks)) + SLACK_SLABS
+
+    def has_surplus(self, blocks: int) -> bool:
+        """Whether ``surplus`` has something to do: slabs that are held, or only asked for still."""
+        return max(len(self._pool.held), self._wanted) > self.enough_for(blocks)
+
     def surplus(self, blocks: int, now: float) -> int:
         """Slabs to return now, given that ``blocks`` blocks are enough; 0 while it is too early.
         Tells the agent of the lower want when it is time."""
-        target = self.slabs_for(max(blocks, self._settings.floor_blocks)) + SLACK_SLABS
-        excess = max(len(self._pool.held), self._wanted) - target
-        if excess <= 0:
+        target = self.enough_for(blocks)
+        if not self.has_surplus(blocks):
             self._surplus_since = None
             return 0
         if self._surplus_since is None:

@@ -9,6 +9,9 @@ and no file is patched. It does nothing in a process that is not a Valve tenant.
 * EngineCore: busy from ``preprocess_add_request`` (input thread) until no request is left after
   ``update_from_output`` or an abort; memory through ``valve_runtime.vllm_kv``.
 
+A streaming session that waits for its client's next chunk is no request here: that may last as long as the
+client likes. The chunk comes in as a request does (``AsyncLLM._add_request``, ``preprocess_add_request``).
+
 Where a hook is missing in the installed vLLM, the plugin says which, and leaves out the duty
 that needs it: without the memory hooks the KV cache is static and Valve can only pause the
 process as a whole. Workers in processes of their own (tensor parallelism) hold their KV cache
@@ -175,6 +178,12 @@ class Plugin:
 
         activity = self.activity
         mine: set[int] = set()  # ids of the output processors whose requests came through here
+        sees_chunks = hasattr(AsyncLLM, "_add_request")
+
+        def settle(processor: Any) -> None:
+            activity.settle(
+                lambda: _at_work(processor) if sees_chunks else processor.get_num_unfinished_requests()
+            )
 
         def add_request(original: Callable[..., Any]) -> Callable[..., Any]:
             async def wrapped(llm: Any, request_id: str, *args: Any, **kwargs: Any) -> Any:
@@ -185,7 +194,19 @@ class Plugin:
                     return await original(llm, request_id, *args, **kwargs)
                 finally:
                     activity.entered(request_id)
-                    activity.settle(processor.get_num_unfinished_requests)
+                    settle(processor)
+
+            return wrapped
+
+        def add_chunk(original: Callable[..., Any]) -> Callable[..., Any]:
+            async def wrapped(llm: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+                mine.add(id(llm.output_processor))
+                activity.enter(request.request_id)
+                try:
+                    return await original(llm, request, *args, **kwargs)
+                finally:
+                    activity.entered(request.request_id)
+                    settle(llm.output_processor)
 
             return wrapped
 
@@ -195,7 +216,7 @@ class Plugin:
                     return original(processor, *args, **kwargs)
                 finally:
                     if id(processor) in mine:
-                        activity.settle(processor.get_num_unfinished_requests)
+                        settle(processor)
 
             return wrapped
 
@@ -209,6 +230,8 @@ class Plugin:
             return wrapped
 
         wrap(AsyncLLM, "add_request", add_request)
+        if sees_chunks:
+            wrap(AsyncLLM, "_add_request", add_chunk)
         wrap(OutputProcessor, "process_outputs", settling)
         wrap(OutputProcessor, "abort_requests", settling)
         wrap(OutputProcessor, "propagate_error", dying)
@@ -286,7 +309,7 @@ class Plugin:
 
     def _settle(self, scheduler: Any) -> None:
         gap_ns = self.gap.longest_ns(time.monotonic())
-        news = self.activity.settle(lambda: sum(scheduler.get_request_counts()), gap_ns)
+        news = self.activity.settle(lambda: _unfinished(scheduler), gap_ns)
         if not self.activity.busy:
             self.gap.rest()  # also after the empty step that an engine runs behind its last request
         if news:
@@ -388,6 +411,23 @@ class Plugin:
         wrap(Scheduler, "_free_request_blocks", free_blocks)
         wrap(BlockPool, "reset_prefix_cache", reset_prefix_cache)
         wrap(EngineCoreProc, "_notify_idle_state_callbacks", idle_callbacks)
+        self._hook_sessions()
+
+    def _hook_sessions(self) -> None:
+        from vllm.v1.core.sched.scheduler import Scheduler
+
+        def update(original: Callable[..., Any]) -> Callable[..., Any]:
+            def wrapped(scheduler: Any, session: Any, *args: Any, **kwargs: Any) -> Any:
+                tenant = self._tenant_of(scheduler)
+                if tenant is None:
+                    return original(scheduler, session, *args, **kwargs)
+                with tenant.at_frontier(session):
+                    return original(scheduler, session, *args, **kwargs)
+
+            return wrapped
+
+        if hasattr(Scheduler, "_update_request_as_session"):
+            wrap(Scheduler, "_update_request_as_session", update)
 
     def _keep_worker_in_process(self, config: Any) -> None:
         """One worker: run it inside EngineCore, so that the process that schedules also holds the
@@ -416,7 +456,7 @@ class Plugin:
                 logger.error("valve: no arena (%s): the KV cache stays static and is not shared", refused)
                 return nbytes
             raise ArenaRefused(f"no device memory for this offline engine: {refused}") from refused
-        self.backing = Backing(self.valve, arena, self.settings)
+        self.backing = Backing(self.valve, arena, self.settings, getattr(worker, "model_runner", None))
         return kv_bytes
 
     def _while_idle(self, core: Any) -> None:
@@ -437,6 +477,22 @@ def _wake(core: Any) -> None:
     from vllm.v1.engine import EngineCoreRequestType
 
     core.input_queue.put_nowait((EngineCoreRequestType.WAKEUP, None))
+
+
+def _unfinished(scheduler: Any) -> int:
+    """Requests in EngineCore, without the sessions that wait for their client."""
+    paused = getattr(scheduler, "num_waiting_for_streaming_input", 0)
+    return int(sum(scheduler.get_request_counts()) - paused)
+
+
+def _at_work(processor: Any) -> int:
+    """Whether the API server has a request that does not wait for its client (0 or 1: one is found fast,
+    and this is asked with every step)."""
+    return int(
+        any(
+            not (r.streaming_input and r.input_chunk_queue is None) for r in processor.request_states.values()
+        )
+    )
 
 
 def _new_tokens(outputs: Any) -> int:

@@ -20,7 +20,8 @@ from __future__ import annotations
 import itertools
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from valve_runtime import geometry as geo
@@ -44,17 +45,21 @@ if TYPE_CHECKING:
 logger = logging.getLogger("valve.vllm")
 
 NULL_BLOCK = 0
+PAUSED = "WAITING_FOR_STREAMING_REQ"
+"""vLLM's status of a streaming session that waits for its client."""
 
 
 class Backing:
     """The arena under the KV cache of this process's engine; one per process."""
 
-    def __init__(self, valve: Any, arena: Arena, settings: DemandSettings) -> None:
-        """``valve``: libvalve (``_lib.Valve``), as a ``Link`` and as ``torch_arena.Places``."""
+    def __init__(self, valve: Any, arena: Arena, settings: DemandSettings, runner: Any = None) -> None:
+        """``valve``: libvalve (``_lib.Valve``), as a ``Link`` and as ``torch_arena.Places``.
+        ``runner``: the worker's model runner."""
         self.link: Link = valve
         self.places: Places = valve
         self.arena = arena
         self.settings = settings
+        self.runner = runner
         self.pool: ElasticPool | None = None
 
     def allocate(
@@ -109,6 +114,26 @@ class _Departed(NamedTuple):
     """number of the last step that it is in"""
 
 
+def _begin_anew(runner: Any, request: Any) -> None:
+    """Let the model runner forget what void steps left with it for ``request``.
+
+    Runner V1 keeps two things through a preemption: it asks for a prompt's logprobs only until the prompt
+    was computed once, and it collects the hidden states of a prompt computed in pieces. Runner V2 is told
+    of a request that comes back as of a new one.
+    """
+    name, sampling = request.request_id, request.sampling_params
+    registered = getattr(runner, "num_prompt_logprobs", None)
+    # They go out with the first token. Of a streaming session, vLLM registers the first chunk only, and
+    # whether this is the first cannot be seen here.
+    unsent = request.num_output_tokens == 0 and not getattr(request, "resumable", False)
+    if registered is not None and sampling is not None and sampling.prompt_logprobs is not None and unsent:
+        every = sampling.prompt_logprobs == -1
+        registered[name] = runner.input_batch.vocab_size if every else sampling.prompt_logprobs
+    state = getattr(runner, "requests", {}).get(name)
+    if state is not None and state.pooling_states is not None:
+        state.pooling_states.clean()
+
+
 class KvTenant:
     """Keeps one Scheduler's block pool true to what is granted."""
 
@@ -117,6 +142,7 @@ class KvTenant:
         self._scheduler = scheduler
         self._link = backing.link
         self._settings = backing.settings
+        self._runner = backing.runner
         self.pool = backing.pool
         self.demand = Demand(self._link, self.pool, self._settings)
         self.ledger = Ledger(self._link, self.pool)
@@ -125,6 +151,8 @@ class KvTenant:
         self.withdrawn: set[int] = set()
         self.limbo: set[int] = set()
         self._departed: list[_Departed] = []
+        self._void: list[Any] = []  # requests with void steps that the model runner has not forgotten yet
+        self._frontiers: dict[str, int] = {}  # tokens of paused sessions that lost their blocks
         self._scheduled = self._processed = 0  # steps; those in between are in flight
         self._arriving: dict[str, int] = {}
         self._needed = 0
@@ -158,8 +186,17 @@ class KvTenant:
                 self._withdraw(self._blocks.blocks[index])
 
     def scheduled(self) -> None:
-        """A step is in flight."""
+        """A step was scheduled and is about to go to the model runner.
+
+        Here, and not where the loss is noticed: a step whose sampling waits for a grammar passes the model
+        runner only after the outputs before it were processed. But all of it is past before the next step
+        is scheduled.
+        """
         self._scheduled += 1
+        for request in self._void:
+            if self._scheduler.requests.get(request.request_id) is request:
+                _begin_anew(self._runner, request)
+        self._void.clear()
 
     def processed(self) -> None:
         """The outputs of the oldest step in flight were processed."""
@@ -169,6 +206,7 @@ class KvTenant:
     def departing(self, request: Any) -> None:
         """vLLM is about to free this request's blocks: it ends, is aborted, or vLLM preempts it for want of
         blocks. What it has in flight vLLM still takes for good."""
+        self._frontiers.pop(request.request_id, None)
         if request.num_in_flight_tokens > 0:
             sound = request.num_computed_tokens - request.num_in_flight_tokens
             self._departed.append(_Departed(request, self._block_ids(request), sound, self._scheduled))
@@ -217,6 +255,7 @@ class KvTenant:
                     victims.append(request)
                 elif request.num_stale_output_tokens > 0:
                     request.drop_stale_output = True
+                    self._void.append(request)
                 written = set(ids[max(0, sound) // self._block_size :]) - bad
                 tainted |= written
                 bad |= written
@@ -229,6 +268,7 @@ class KvTenant:
         if not victims:
             return 0
         scheduler, now, tokens = self._scheduler, time.monotonic(), 0
+        self._void += victims
         running = {r.request_id for r in scheduler.running}
         chosen = {r.request_id for r in victims}
         order = [r for r in scheduler.running if r.request_id in chosen]
@@ -239,11 +279,27 @@ class KvTenant:
             scheduler._preempt_request(request, now, drop_stale_output=True)
             scheduler.prev_step_scheduled_req_ids.discard(request.request_id)
         for request in victims:
-            if request.request_id not in running:  # a paused streaming session keeps its blocks
+            if request.request_id not in running:  # a streaming session keeps its blocks between two chunks
                 tokens += request.num_computed_tokens
+                if request.num_computed_tokens and request.status.name == PAUSED:
+                    self._frontiers[request.request_id] = request.num_computed_tokens
                 scheduler.kv_cache_manager.free(request)
                 request.num_computed_tokens = 0
         return tokens
+
+    @contextmanager
+    def at_frontier(self, session: Any) -> Iterator[None]:
+        """While vLLM appends the next chunk: it keeps as many of the session's tokens as were computed,
+        which is none after a loss."""
+        frontier = self._frontiers.pop(session.request_id, 0)
+        lost = frontier > 0 and session.num_computed_tokens == 0
+        if lost:
+            session.num_computed_tokens = frontier
+        try:
+            yield
+        finally:
+            if lost:
+                session.num_computed_tokens = 0
 
     def _withdraw(self, block: Any) -> None:
         self._blocks.free_block_queue.remove(block)
@@ -270,6 +326,7 @@ class KvTenant:
     def arrived(self, request_id: str) -> None:
         """The scheduler has the request (or it will never come)."""
         self._needed += self._arriving.pop(request_id, 0)
+        self._counted = (-1, -1, 0.0)  # it may be gone again before the next count: do not skip that one
 
     def ask(self) -> None:
         """Say what the queue could use; give back what it has not used for a while."""
@@ -287,7 +344,9 @@ class KvTenant:
 
     @property
     def over_provisioned(self) -> bool:
-        return self._needed == 0 and len(self.pool.held) > self.demand.slabs_for(self._settings.floor_blocks)
+        """Whether an idle engine must look again: a want that nobody needs any more counts too, or the agent
+        would fulfil it some time."""
+        return self._needed == 0 and self.demand.has_surplus(0)
 
     def _count_needed(self) -> int:
         scheduler = self._scheduler
@@ -296,6 +355,8 @@ class KvTenant:
         for request in scheduler.waiting:
             if room <= 0:
                 break
+            if request.request_id in self._frontiers:  # a session that waits for its client
+                continue
             total += self._blocks_for(request)
             room -= 1
         return total

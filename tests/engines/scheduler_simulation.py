@@ -9,10 +9,11 @@ garbage and keeps nothing, a block that was granted reads as zeros. So one numbe
 garbage and is believed, or shared by its prefix hash, changes every token that follows.
 
 Run by the engines' Python with {"model": FOLDER, "cases": {NAME: {"seeds": N, "asynchronous": BOOL, "prefix":
-BOOL, "tell": BOOL, "departed": BOOL, "runner": 1 or 2}}}; prints {NAME: {"wrong": requests whose tokens
-differ, "requests": N, "reclaims_in_use": N, "recomputed": N}}. With `tell` false the engine hears of no loss;
-with `departed` false the plugin does not care about requests that left while they were in flight. Both must
-show. The caller is test_scheduling.py.
+BOOL, "tell": BOOL, "departed": BOOL, "sessions": BOOL, "frontier": BOOL, "runner": 1 or 2}}}; prints {NAME:
+{"wrong": requests whose tokens differ, "requests": N, "reclaims_in_use": N, "recomputed": N}}. With
+`sessions` there are streaming sessions too. With `tell` false the engine hears of no loss; with `departed`
+false the plugin does not care about requests that left while they were in flight, with `frontier` false it
+does not care how far a paused session had come. All three must show. The caller is test_scheduling.py.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import sys
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -41,7 +43,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.outputs import ModelRunnerOutput
-from vllm.v1.request import Request
+from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
 from valve_runtime import vllm
@@ -255,6 +257,38 @@ class Core(EngineCore):
         self.step() if self.batch_queue is None else self.step_with_batch_queue()
 
 
+class Session:
+    """A streaming session: its client sends a chunk some time after the one before was answered."""
+
+    def __init__(self, name: str, dice: random.Random, hasher: Any) -> None:
+        self._name, self._hasher = name, hasher
+        self.chunks: list[tuple[list[int], int]] = []
+        """To come (or not yet answered): tokens, and how many to answer with."""
+        self.expected: list[int] = []
+        self.tokens: list[int] = []
+        for _ in range(3):
+            chunk = [dice.randrange(VOCABULARY - 1) for _ in range(dice.randint(2, 9))]
+            self.chunks.append((chunk, dice.randint(2, 8)))
+            self.expected = self.expected[:-1] + chunk  # vLLM drops the token that was not computed on
+            for _ in range(self.chunks[-1][1]):
+                self.expected.append(sample(self.expected))
+        self.request = self._next(resumable=True)
+
+    def _next(self, *, resumable: bool) -> Request:
+        tokens, answer = self.chunks[0] if self.chunks else ([0], 1)
+        parameters = SamplingParams(temperature=0, max_tokens=answer, ignore_eos=True)
+        return Request(
+            self._name, list(tokens), parameters, None, block_hasher=self._hasher, resumable=resumable
+        )
+
+    def proceed(self, scheduler: Any) -> None:
+        if not self.chunks or self.request.status != RequestStatus.WAITING_FOR_STREAMING_REQ:
+            return
+        self.chunks.pop(0)
+        self.tokens = list(self.request.all_token_ids)
+        scheduler.add_request(self._next(resumable=bool(self.chunks)))
+
+
 def configure(model: str, asynchronous: bool, prefix: bool) -> VllmConfig:
     config = EngineArgs(
         model=model, dtype="float32", max_model_len=64, max_num_seqs=8, block_size=32, enforce_eager=True,
@@ -293,24 +327,31 @@ def run(config: VllmConfig, plugin: Any, seed: int, case: dict[str, Any]) -> dic
         for block in scheduler.kv_cache_manager.get_block_ids(r.request_id)[0]
     }
     core = Core(scheduler, Worker(device), 2 if asynchronous else 1, config)
-    hasher = get_request_block_hasher(BLOCK, get_hash_fn_by_name("sha256"))
+    prefix = config.cache_config.enable_prefix_caching
+    hasher = get_request_block_hasher(BLOCK, get_hash_fn_by_name("sha256")) if prefix else None
     shared = [dice.randrange(VOCABULARY - 1) for _ in range(13)]
     requests = []
     for n in range(10):
         own = [dice.randrange(VOCABULARY - 1) for _ in range(dice.randint(1, 12))]
         parameters = SamplingParams(temperature=0, max_tokens=dice.randint(1, 16), ignore_eos=True)
         requests.append(
-            Request(
-                f"{n}", shared + own if n % 2 else own, parameters, None,
-                block_hasher=hasher if config.cache_config.enable_prefix_caching else None,
-            )
+            Request(f"{n}", shared + own if n % 2 else own, parameters, None, block_hasher=hasher)
         )  # fmt: skip
-    waiting = list(requests)
+    sessions = [Session(f"s{n}", dice, hasher) for n in range(3)] if case["sessions"] else []
+    waiting = [session.request for session in sessions] + requests
     for turn in range(4000):
         if waiting and (turn % 3 == 0):
             scheduler.add_request(waiting.pop(0))
         device.disturb(0.05)
-        if not waiting and not scheduler.has_requests() and not core.batch_queue:
+        for session in sessions:
+            if dice.random() < 0.1:
+                session.proceed(scheduler)
+        if (
+            not waiting
+            and not any(s.chunks for s in sessions)
+            and not scheduler.has_requests()
+            and not core.batch_queue
+        ):
             break
         core.advance()
         if turn > 3000:
@@ -323,10 +364,11 @@ def run(config: VllmConfig, plugin: Any, seed: int, case: dict[str, Any]) -> dic
         for _ in range(request.max_tokens):
             tokens.append(sample(tokens))
         wrong += list(request.all_token_ids) != tokens
+    wrong += sum(session.tokens != session.expected for session in sessions)
     recomputed = device.counted[2]
     return {
         "wrong": wrong,
-        "requests": 10,
+        "requests": len(requests) + len(sessions),
         "reclaims_in_use": device.reclaims_in_use,
         "recomputed": recomputed,
     }
@@ -339,11 +381,12 @@ def main() -> None:
     plugin.device = "cpu"
     plugin._hook_engine_core()
     plugin._hook_memory()
-    departing = KvTenant.departing
+    departing, at_frontier = KvTenant.departing, KvTenant.at_frontier
     answers = {}
     for name, case in asked["cases"].items():
         config = configure(asked["model"], case["asynchronous"], case["prefix"])
         KvTenant.departing = departing if case["departed"] else _nothing  # type: ignore[method-assign]
+        KvTenant.at_frontier = at_frontier if case["frontier"] else nullcontext  # type: ignore[method-assign, assignment]
         total: dict[str, int] = {}
         for seed in range(case["seeds"]):
             for key, value in run(config, plugin, seed, case).items():

@@ -13,7 +13,11 @@ import pytest
 from engine_process import environment
 
 PROGRAM = Path(__file__).with_name("scheduler_simulation.py")
-SOUND = {"seeds": 60, "asynchronous": False, "prefix": False, "tell": True, "departed": True, "runner": 1}
+SOUND = {
+    "seeds": 60, "asynchronous": False, "prefix": False, "tell": True, "departed": True, "sessions": False,
+    "frontier": True, "runner": 1,
+}  # fmt: skip
+SESSIONS = {**SOUND, "seeds": 30, "prefix": True, "sessions": True}
 CASES: dict[str, dict[str, Any]] = {
     "one step in flight": SOUND,
     "one step in flight, shared prefixes": {**SOUND, "prefix": True},
@@ -21,6 +25,9 @@ CASES: dict[str, dict[str, Any]] = {
     "two steps in flight, shared prefixes": {**SOUND, "asynchronous": True, "prefix": True},
     "runner V2, one step": {**SOUND, "prefix": True, "runner": 2},
     "runner V2, two steps": {**SOUND, "asynchronous": True, "prefix": True, "runner": 2},
+    "streaming sessions, one step": SESSIONS,
+    "streaming sessions, two steps": {**SESSIONS, "asynchronous": True},
+    "streaming sessions, runner V2": {**SESSIONS, "asynchronous": True, "runner": 2},
 }
 TWO_SHARED = CASES["two steps in flight, shared prefixes"]
 POWER: dict[str, dict[str, Any]] = {
@@ -31,6 +38,7 @@ POWER: dict[str, dict[str, Any]] = {
         "prefix": True,
         "departed": False,
     },
+    "a session forgets how far it was": {**SESSIONS, "frontier": False},
 }
 
 

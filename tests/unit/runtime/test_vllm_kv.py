@@ -13,7 +13,7 @@ import pytest
 
 from valve_runtime.elastic import GRANTED, LOST, DemandSettings, ElasticPool
 from valve_runtime.geometry import Region, build
-from valve_runtime.vllm_kv import KvTenant
+from valve_runtime.vllm_kv import PAUSED, KvTenant
 
 BLOCKS = 12
 BLOCK_SIZE = 4
@@ -85,12 +85,22 @@ class Scheduler:
     def run(self, name: str, *blocks: int, computed: int = 0, in_flight: int = 0) -> None:
         request = Request(
             request_id=name, blocks=list(blocks), num_computed_tokens=computed,
-            num_in_flight_tokens=in_flight, num_prompt_tokens=4, max_tokens=8,
+            num_in_flight_tokens=in_flight, num_prompt_tokens=4, max_tokens=8, num_output_tokens=0,
+            sampling_params=SimpleNamespace(prompt_logprobs=None), status=SimpleNamespace(name="RUNNING"),
         )  # fmt: skip
         self.pool.take(*blocks)
         self.running.append(request)
         self.requests[name] = request
         self.prev_step_scheduled_req_ids.add(name)
+
+    def pause(self, name: str, status: str = PAUSED) -> Any:
+        """A streaming session answered its chunk."""
+        session = self.requests[name]
+        self.running.remove(session)
+        self.num_waiting_for_streaming_input = int(status == PAUSED)
+        self.kv_holding_waiting.append(session)
+        session.status = SimpleNamespace(name=status)
+        return session
 
     def _free(self, request: Any) -> None:
         self.pool.release(request.blocks)
@@ -138,10 +148,10 @@ def scheduler() -> Scheduler:
     return Scheduler()
 
 
-def tenant(scheduler: Scheduler, link: Link, held: range, **settings: Any) -> KvTenant:
+def tenant(scheduler: Scheduler, link: Link, held: range, runner: Any = None, **settings: Any) -> KvTenant:
     pool = ElasticPool(ONE_ON_ONE, pinned=(0,))
     pool.apply([(GRANTED, slab) for slab in held])
-    backing: Any = SimpleNamespace(link=link, pool=pool, settings=DemandSettings(**settings))
+    backing: Any = SimpleNamespace(link=link, pool=pool, settings=DemandSettings(**settings), runner=runner)
     return KvTenant(scheduler, backing)
 
 
@@ -245,13 +255,141 @@ def test_a_block_still_referenced_waits_in_limbo(scheduler: Scheduler, link: Lin
 def test_a_paused_session_that_lost_blocks_starts_over(scheduler: Scheduler, link: Link) -> None:
     made = tenant(scheduler, link, range(BLOCKS))
     scheduler.run("a", 1, 2, computed=8)
-    scheduler.running.clear()
-    scheduler.num_waiting_for_streaming_input = 1
+    scheduler.pause("a")
     link.events = [(LOST, 2)]
     made.drain()
     assert scheduler.requests["a"].num_computed_tokens == 0
     assert not scheduler.preempted
     assert free(scheduler) == set(range(1, BLOCKS)) - {2}
+
+
+def test_a_paused_session_that_lost_blocks_keeps_its_tokens(scheduler: Scheduler, link: Link) -> None:
+    made = tenant(scheduler, link, range(BLOCKS))
+    scheduler.run("a", 1, 2, computed=7)
+    session = scheduler.pause("a")
+    link.events = [(LOST, 2)]
+    made.drain()
+    made._preempt([session])  # once more, with nothing left to lose
+    with made.at_frontier(session):
+        assert session.num_computed_tokens == 7, "as many tokens stay"
+    assert session.num_computed_tokens == 0, "all are computed again"
+    session.num_computed_tokens = 3
+    with made.at_frontier(session):
+        assert session.num_computed_tokens == 3, "the next chunk has a frontier of its own"
+    assert session.num_computed_tokens == 3
+
+
+def test_a_paused_session_that_lost_blocks_needs_none_and_leaves_nothing(
+    scheduler: Scheduler, link: Link
+) -> None:
+    made = tenant(scheduler, link, range(BLOCKS))
+    scheduler.run("a", 1, 2, computed=7)
+    session = scheduler.pause("a")
+    link.events = [(LOST, 2)]
+    made.drain()
+    scheduler.waiting.append(session)  # where vLLM puts what holds no blocks
+    made.ask()
+    assert made._needed == 0
+    made.departing(session)
+    assert not made._frontiers
+
+
+def test_a_session_that_has_its_chunk_needs_memory_also_after_a_loss(
+    scheduler: Scheduler, link: Link
+) -> None:
+    made = tenant(scheduler, link, range(BLOCKS))
+    scheduler.run("a", 1, 2, computed=7)
+    session = scheduler.pause("a", "WAITING")
+    link.events = [(LOST, 2)]
+    made.drain()
+    assert session.num_computed_tokens == 0
+    scheduler.waiting.append(session)
+    made.ask()
+    assert made._needed == 3
+    with made.at_frontier(session):
+        assert session.num_computed_tokens == 0
+
+
+class Runner:
+    """What vLLM's first model runner keeps of its requests."""
+
+    def __init__(self, *names: str) -> None:
+        self.num_prompt_logprobs: dict[str, int] = {}
+        self.input_batch = SimpleNamespace(vocab_size=5000)
+        self.pieces: dict[str, list[str]] = {name: ["void"] for name in names}
+        self.requests = {
+            name: SimpleNamespace(pooling_states=SimpleNamespace(clean=self.pieces[name].clear))
+            for name in names
+        }
+
+
+#   description, prompt_logprobs, output tokens, a streaming session, asked for again
+PROMPTS = [
+    ("none asked for", None, 0, False, {}),
+    ("none besides the prompt's own", 0, 0, False, {"a": 0}),
+    ("the best two", 2, 0, False, {"a": 2}),
+    ("all", -1, 0, False, {"a": 5000}),
+    ("they went out with the first token", 2, 1, False, {}),
+    ("a session", 2, 0, True, {}),
+]
+
+
+@pytest.mark.parametrize(
+    ("asked", "outputs", "resumable", "registered"), [c[1:] for c in PROMPTS], ids=[c[0] for c in PROMPTS]
+)
+def test_prompt_logprobs_of_a_void_step_are_asked_for_again(
+    scheduler: Scheduler, link: Link, asked: int | None, outputs: int, resumable: bool,
+    registered: dict[str, int],
+) -> None:  # fmt: skip
+    runner = Runner()
+    made = tenant(scheduler, link, range(BLOCKS), runner)
+    scheduler.run("a", 1, computed=4, in_flight=4)
+    request = scheduler.requests["a"]
+    request.sampling_params.prompt_logprobs = asked
+    request.num_output_tokens, request.resumable = outputs, resumable
+    link.events = [(LOST, 1)]
+    made.drain()
+    assert runner.num_prompt_logprobs == {}, "a step whose sampling waits for a grammar would take it away"
+    made.scheduled()
+    assert runner.num_prompt_logprobs == registered
+    runner.num_prompt_logprobs.clear()
+    made.scheduled()
+    assert runner.num_prompt_logprobs == {}, "once"
+
+
+def test_pieces_of_a_void_prompt_are_forgotten(scheduler: Scheduler, link: Link) -> None:
+    runner = Runner("a", "b")
+    made = tenant(scheduler, link, range(BLOCKS), runner)
+    scheduler.run("a", 1, computed=4, in_flight=4)
+    scheduler.run("b", 2, computed=4, in_flight=4)
+    for request in scheduler.running:
+        request.sampling_params = None
+    link.events = [(LOST, 1)]
+    made.drain()
+    runner.pieces["a"].append("of a step in flight")
+    made.scheduled()
+    assert runner.pieces == {"a": [], "b": ["void"]}
+
+
+def test_what_ended_meanwhile_is_left_alone(scheduler: Scheduler, link: Link) -> None:
+    runner = Runner("a")
+    made = tenant(scheduler, link, range(BLOCKS), runner)
+    scheduler.run("a", 1, computed=4, in_flight=4)
+    scheduler.requests["a"].sampling_params.prompt_logprobs = 2
+    link.events = [(LOST, 1)]
+    made.drain()
+    del scheduler.requests["a"]  # aborted
+    made.scheduled()
+    assert runner.num_prompt_logprobs == {}
+
+
+def test_the_second_model_runner_needs_nothing(scheduler: Scheduler, link: Link) -> None:
+    made = tenant(scheduler, link, range(BLOCKS), SimpleNamespace())
+    scheduler.run("a", 1, computed=4, in_flight=4)
+    scheduler.requests["a"].sampling_params.prompt_logprobs = 2
+    link.events = [(LOST, 1)]
+    made.drain()
+    made.scheduled()
 
 
 def test_arrivals_ask_before_the_scheduler_knows(scheduler: Scheduler, link: Link) -> None:
@@ -273,10 +411,48 @@ def test_surplus_is_returned_and_cannot_be_used_any_more(scheduler: Scheduler, l
     assert made.withdrawn == set(range(3, 11))
 
 
+def test_an_idle_engine_takes_an_unfulfilled_want_back(scheduler: Scheduler, link: Link) -> None:
+    """Else the agent would grant it some time, to an engine that neither uses nor returns it."""
+    made = tenant(scheduler, link, range(3), idle_return_s=0.0, return_every_s=0.0)
+    made.arriving(Request(request_id="a", num_prompt_tokens=36, max_tokens=4))
+    made.arrived("a")
+    scheduler.waiting.append(Request(request_id="a", num_prompt_tokens=36, max_tokens=4))
+    made.ask()
+    assert link.wants[-1] > 10
+    assert not made.over_provisioned, "it needs them"
+    scheduler.waiting.clear()  # aborted
+    for _ in range(100):
+        made.ask()
+        if not made.over_provisioned:
+            break
+    else:
+        pytest.fail("it is woken for ever")
+    assert link.wants[-1] == made.demand.enough_for(0)
+
+
+def test_a_request_that_came_and_went_between_two_counts(scheduler: Scheduler, link: Link) -> None:
+    made = tenant(scheduler, link, range(3), idle_return_s=0.0, return_every_s=0.0)
+    made.ask()
+    made.arriving(Request(request_id="a", num_prompt_tokens=36, max_tokens=4))
+    made.arrived("a")  # and aborted
+    made.ask()
+    assert made._needed == 0
+
+
+def test_an_engine_at_rest_is_not_woken(scheduler: Scheduler, link: Link) -> None:
+    made = tenant(scheduler, link, range(BLOCKS), idle_return_s=0.0, return_every_s=0.0)
+    made.ask()
+    assert link.returned
+    assert len(made.pool.held) == made.demand.enough_for(0), "what surplus() leaves"
+    assert not made.over_provisioned
+
+
 def test_what_left_in_flight_is_void_if_its_blocks_are_lost(scheduler: Scheduler, link: Link) -> None:
     """vLLM preempts requests itself and takes their outputs in flight for good; what they wrote is hashed."""
-    made = tenant(scheduler, link, range(BLOCKS))
+    runner = Runner()
+    made = tenant(scheduler, link, range(BLOCKS), runner)
     scheduler.run("a", 1, 2, 3, computed=9, in_flight=1)
+    scheduler.requests["a"].sampling_params.prompt_logprobs = 2
     scheduler.run("b", 4, 5, computed=6, in_flight=1)
     made.scheduled()
     made.scheduled()
@@ -293,6 +469,8 @@ def test_what_left_in_flight_is_void_if_its_blocks_are_lost(scheduler: Scheduler
     assert [scheduler.pool.blocks[n].hashed for n in (1, 2, 3, 4, 5)] == [False, True, False, True, True]
     assert scheduler.preempted == []
     assert link.counted[2] == 0
+    made.scheduled()
+    assert runner.num_prompt_logprobs == {"a": 2}
 
 
 def test_what_left_is_forgotten_when_its_step_is_over(scheduler: Scheduler, link: Link) -> None:
