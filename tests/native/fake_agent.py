@@ -176,6 +176,21 @@ class FakeAgent:
         self.links.append(link)
         return link
 
+    def fill_backlog(self) -> list[socket.socket]:
+        """From now on whoever connects waits. Returns what holds the places."""
+        assert self._listener is not None
+        self._listener.listen(0)
+        waiting: list[socket.socket] = []
+        while True:
+            sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            sock.setblocking(False)
+            try:
+                sock.connect(str(self.path))
+            except BlockingIOError:
+                sock.close()
+                return waiting
+            waiting.append(sock)
+
     def rings(self) -> int:
         """How often the doorbell rang since the last call."""
         try:

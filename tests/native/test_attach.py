@@ -5,14 +5,16 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from fake_agent import FakeAgent
-from victims import Victim, children, state, wait_until
+from victims import Victim, children, compile_program, state, wait_until
 
 from valve_agent import wire
 
@@ -70,6 +72,25 @@ def test_without_a_socket_the_library_does_nothing(library: Path, victim_of: Cal
         "want -1",
         "fds 0 1 2",
     ]
+
+
+@pytest.mark.parametrize("is_tenant", [False, True])
+def test_a_constructor_may_wait_for_a_thread_that_works_on_files(
+    agent: FakeAgent, library: Path, tmp_path: Path, is_tenant: bool
+) -> None:
+    source = Path(__file__).with_name("joins.c")
+    loaded = compile_program(tmp_path / "libjoins.so", source, "-DLIBRARY", "-shared")
+    program = compile_program(tmp_path / "joins", source, "-ldl")
+    environment = {**os.environ, "LD_PRELOAD": str(library), "VALVE_WORKLOAD": "offline"}
+    if is_tenant:
+        environment["VALVE_SOCKET"] = str(agent.path)
+    with subprocess.Popen([program, loaded], env=environment, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            if is_tenant:
+                agent.accept().welcome(OFFLINE)
+            assert process.communicate(timeout=20)[0] == "loaded\n"
+        finally:
+            process.kill()
 
 
 def test_offline_waits_for_an_agent_and_says_so(agent: FakeAgent, start: Start, variant: str) -> None:
@@ -197,6 +218,58 @@ def test_the_helper_leaves_no_trace_in_its_process(agent: FakeAgent, start: Star
     assert os.getpgid(helper) != os.getpgid(victim.pid)
     victim.kill()
     wait_until(lambda: state(helper) in ("", "Z"), "the helper ends with its process")
+
+
+@pytest.mark.parametrize("closed", [(2,), (0, 1, 2)])
+def test_sentences_do_not_get_into_the_connection(
+    agent: FakeAgent, library: Path, closed: tuple[int, ...]
+) -> None:
+    """A daemon starts without a stderr: the helper's next descriptors must not get its number."""
+    agent.close()
+    environment = {
+        **os.environ,
+        "LD_PRELOAD": str(library),
+        "VALVE_SOCKET": str(agent.path),
+        "VALVE_WORKLOAD": "offline",
+    }
+
+    def close() -> None:
+        for fd in closed:
+            os.close(fd)
+
+    with subprocess.Popen(["sleep", "60"], env=environment, preexec_fn=close) as process:
+        try:
+            wait_until(lambda: children(process.pid) != [], "it has a helper")
+            time.sleep(0.3)  # it finds no agent, which it will say once there is one
+            agent.listen()
+            link = agent.accept()
+            link.welcome(OFFLINE)
+            link.sock.settimeout(0.5)
+            with pytest.raises(TimeoutError):
+                wire.recv(link.sock)
+            (helper,) = children(process.pid)
+            assert {os.readlink(f"/proc/{helper}/fd/{fd}") for fd in range(3)} == {"/dev/null"}
+        finally:
+            process.kill()
+
+
+def test_online_hears_its_own_requests_after_a_lack_of_descriptors(agent: FakeAgent, start: Start) -> None:
+    agent.lease_ms = 60_000  # no other reason to look
+    victim = start("online")
+    victim.line()
+    before = resource.prlimit(victim.pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(victim.pid, resource.RLIMIT_NOFILE, (3, before[1]))
+    assert victim.ask("attach 300") == "attach 0"
+    resource.prlimit(victim.pid, resource.RLIMIT_NOFILE, before)
+    victim.tell("attach 20000")
+    link = agent.accept()
+    link.welcome(ONLINE, agent.doorbell)
+    assert victim.line() == "attach 1"
+    time.sleep(0.2)
+    link.sock.settimeout(5)
+    victim.tell("open 8388608 20000")
+    link.serve_arena().close()
+    assert victim.line().startswith("arena 2")
 
 
 def test_online_keeps_its_descriptors_out_of_the_way(agent: FakeAgent, start: Start) -> None:

@@ -17,6 +17,7 @@
 #include <dirent.h>
 #include <errno.h>
 #include <pthread.h>
+#include <signal.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
@@ -45,15 +46,27 @@ static int failed(const char *call, cuda_result result)
 
 /* ---- the memory connection: one frame out, one frame in ---- */
 
-/* The next frame, or 0 after saying why there is none.  `*fd` is its descriptor or -1. */
-static int receive(void *frame, size_t room, int *fd)
+static void close_all(int fds[VALVE_MEMORY_BATCH])
+{
+    for (unsigned i = 0; i < VALVE_MEMORY_BATCH; i++) {
+        if (fds[i] >= 0)
+            close(fds[i]);
+        fds[i] = -1;
+    }
+}
+
+/* The next frame, or 0 after saying why there is none.  `fd`: its descriptors, and -1 for the rest. */
+static int receive(void *frame, size_t room, int fd[VALVE_MEMORY_BATCH])
 {
     union {
         struct cmsghdr header;
         char bytes[CMSG_SPACE(sizeof(int) * VALVE_MEMORY_BATCH)];
     } control;
     struct iovec part = {frame, room};
-    struct msghdr message = {.msg_iov = &part, .msg_iovlen = 1, .msg_control = &control, .msg_controllen = sizeof control};
+    struct msghdr message = {
+        .msg_iov = &part, .msg_iovlen = 1, .msg_control = &control,
+        /* Exactly that many: CMSG_SPACE is rounded up to room for one more.  The kernel closes the rest. */
+        .msg_controllen = CMSG_LEN(sizeof(int) * VALVE_MEMORY_BATCH)};
     for (unsigned i = 0; i < VALVE_MEMORY_BATCH; i++)
         fd[i] = -1;
     ssize_t got;
@@ -66,6 +79,7 @@ static int receive(void *frame, size_t room, int *fd)
     const struct valve_header *header = frame;
     if (got < (ssize_t)sizeof *header || header->magic != VALVE_MAGIC || header->size != (size_t)got) {
         VALVE_SET_ERROR("the agent does not answer about GPU memory; see its log");
+        close_all(fd);
         return 0;
     }
     if (header->type == VALVE_DENIED || header->type == VALVE_REJECT) {
@@ -73,6 +87,7 @@ static int receive(void *frame, size_t room, int *fd)
         char text[VALVE_TEXT_BYTES];
         valve_copy_text(text, sizeof text, (size_t)got == sizeof *refusal ? refusal->text : "no reason");
         VALVE_SET_ERROR(text);
+        close_all(fd);
         return 0;
     }
     return header->type;
@@ -91,6 +106,7 @@ static int connect_agent(uint64_t timeout_ns)
         return 0;
     memory.sock = link_move_high(memory.sock);
     setsockopt(memory.sock, SOL_SOCKET, SO_RCVTIMEO, &limit, sizeof limit);
+    setsockopt(memory.sock, SOL_SOCKET, SO_SNDTIMEO, &limit, sizeof limit); /* connect waits by this one */
     return connect(memory.sock, (const struct sockaddr *)&valve.address, sizeof valve.address) == 0;
 }
 
@@ -192,9 +208,7 @@ static void *memory_thread(void *nothing)
             done.result = remap(&frame.map, fds);
         else if (type == VALVE_MEMORY_QUARANTINE)
             done.result = quarantine(&frame.quarantine);
-        for (unsigned i = 0; i < VALVE_MEMORY_BATCH; i++)
-            if (fds[i] >= 0)
-                close(fds[i]);
+        close_all(fds);
         if (!send_frame(VALVE_MEMORY_DONE, &done, sizeof done, NULL, 0))
             break;
     }
@@ -205,9 +219,14 @@ static void *memory_thread(void *nothing)
 static int serve_remaps(void)
 {
     struct timeval forever = {0, 0};
+    sigset_t all, before;
     pthread_t thread;
     setsockopt(memory.sock, SOL_SOCKET, SO_RCVTIMEO, &forever, sizeof forever);
-    if (pthread_create(&thread, NULL, memory_thread, NULL) != 0)
+    sigfillset(&all); /* signals are for the process's own threads */
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    int result = pthread_create(&thread, NULL, memory_thread, NULL);
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    if (result != 0)
         return -1;
     pthread_detach(thread);
     return 0;
@@ -246,7 +265,9 @@ static int ask(uint64_t bytes, const uint8_t gpu[16], int *quarantine_fd)
         return -1;
     int type = receive(room, sizeof room, fds);
     *quarantine_fd = fds[0];
-    if (type != VALVE_MEMORY || fds[0] < 0)
+    fds[0] = -1;
+    close_all(fds);
+    if (type != VALVE_MEMORY || *quarantine_fd < 0)
         return -1;
     memory.slabs = answer->slabs;
     memory.slab_bytes = answer->slab_bytes;
@@ -277,8 +298,11 @@ static int announce(void)
     if (!send_frame(VALVE_MEMORY_MAPPED, &mapped, sizeof mapped, uvm, count))
         return -1;
     int type = receive(room, sizeof room, fds);
-    if (type == VALVE_MEMORY_QUARANTINE && answer_probe((const void *)room))
+    close_all(fds);
+    if (type == VALVE_MEMORY_QUARANTINE && answer_probe((const void *)room)) {
         type = receive(room, sizeof room, fds);
+        close_all(fds);
+    }
     if (type != VALVE_MEMORY_READY)
         return -1;
     if (((const struct valve_memory_ready *)(void *)room)->route == VALVE_MEMORY_BY_TENANT)

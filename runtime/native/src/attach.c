@@ -153,6 +153,7 @@ static void after_fork_in_child(void)
 
 __attribute__((constructor)) static void enter(void)
 {
+    gpu_look_up();
     const char *path = secure_getenv("VALVE_SOCKET");
     if (path == NULL || *path == 0)
         return;

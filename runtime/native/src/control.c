@@ -399,6 +399,8 @@ static void turn(void)
         sleep_ns = tick_ns;
     if (loop.in_helper && is_released())
         SYS1(SYS_exit_group, 0);
+    if (loop.signals < 0) /* no descriptor was left at the last try */
+        open_signals();
     struct pollfd fds[5] = {{loop.sock, POLLIN, 0}, {loop.signals, POLLIN, 0}, {loop.process, POLLIN, 0},
                             {gpu_bell_fd(), POLLIN, 0}, {gpu_pipe_fd(), POLLIN, 0}};
     if (sys_poll(fds, 5, sleep_ns) <= 0)

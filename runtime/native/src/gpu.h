@@ -55,6 +55,7 @@ void gpu_objects_forked(void);
 void gpu_table_touched(void); /* make the agent look again */
 
 /* gpu_hooks.c */
+void gpu_look_up(void); /* in every process, first of all */
 void gpu_start(void); /* offline, before its first thread of control */
 void gpu_forked(void);
 int gpu_on(void);

@@ -35,6 +35,8 @@ static int take_number(uint32_t kind)
 {
     for (int i = 0; i < (int)VALVE_GPU_FILES_MAX; i++) {
         uint32_t none = 0;
+        if (__atomic_load_n(&GPU_TABLE->taken, __ATOMIC_SEQ_CST) >> i & 1)
+            continue; /* the agent has not let go of the file that had it: its word would count for ours */
         if (atomic_compare_exchange_strong(&files[i].kind, &none, kind)) {
             atomic_store(&files[i].sent, 0);
             atomic_store(&files[i].descriptors, 1);

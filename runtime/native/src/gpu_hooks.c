@@ -24,11 +24,29 @@
 
 #define HIDDEN_WAIT_NS (20 * VALVE_NS_PER_MS)
 
-/* The next definition in line: libc's, or another preloaded library's. */
-#define NEXT(name)                                              \
-    static __typeof__(&name) next;                              \
-    if (__builtin_expect(next == NULL, 0))                      \
-        next = (__typeof__(&name))gpu_real_dlsym(RTLD_NEXT, #name)
+/* The next definition in line: libc's, or another preloaded library's.  All are looked up before the
+ * program's own code runs: a look-up takes the dynamic loader's lock, and a constructor may wait, under
+ * that lock, for a thread that calls one of these for the first time. */
+#define HOOKED(each)                                                                                        \
+    each(ioctl) each(open) each(open64) each(openat) each(openat64) each(close) each(close_range)           \
+    each(closefrom) each(dup) each(dup2) each(dup3) each(fcntl) each(fcntl64)
+int fcntl64(int, int, ...); /* of a newer glibc than the one that we may be built with */
+int close_range(unsigned, unsigned, int);
+void closefrom(int);
+#define DECLARE(name) static __typeof__(&name) real_##name;
+HOOKED(DECLARE)
+
+#define LOOK_UP(name) \
+    __atomic_store_n(&real_##name, (__typeof__(&name))gpu_real_dlsym(RTLD_NEXT, #name), __ATOMIC_RELAXED);
+void gpu_look_up(void) { HOOKED(LOOK_UP) }
+
+/* Constructors of other libraries may come before ours. */
+#define NEXT(name)                                                              \
+    __typeof__(&name) next = __atomic_load_n(&real_##name, __ATOMIC_RELAXED);   \
+    if (__builtin_expect(next == NULL, 0)) {                                    \
+        LOOK_UP(name)                                                           \
+        next = __atomic_load_n(&real_##name, __ATOMIC_RELAXED);                 \
+    }
 
 static int active;
 
@@ -196,9 +214,12 @@ VALVE_API int ioctl(int fd, unsigned long request, ...)
     mode_t mode = (flags) & (O_CREAT | O_TMPFILE) ? (mode_t)va_arg(list, int) : 0; \
     va_end(list)
 
+/* A child of vfork runs in our memory, but has descriptors of its own: what it closes stays open here. */
+static int files_are_ours(void) { return gpu_on() && sys_getpid() == valve.main_pid; }
+
 static int opened(int fd, const char *path)
 {
-    if (fd >= 0 && gpu_on())
+    if (fd >= 0 && files_are_ours())
         gpu_file_opened(fd, path);
     return fd;
 }
@@ -234,32 +255,41 @@ VALVE_API int openat64(int folder, const char *path, int flags, ...)
 VALVE_API int close(int fd)
 {
     NEXT(close);
-    if (gpu_on())
+    if (files_are_ours())
         gpu_file_closing(fd);
     return next(fd);
 }
 
+/* glibc has these two since 2.34; whoever finds ours in an older one must be answered, too. */
 VALVE_API int close_range(unsigned first, unsigned last, int flags)
 {
     NEXT(close_range);
-    if (gpu_on() && flags == 0)
+    if (next == NULL) {
+        errno = ENOSYS;
+        return -1;
+    }
+    if (flags == 0 && files_are_ours())
         gpu_files_closing(first, last);
     return next(first, last, flags);
 }
 
 VALVE_API void closefrom(int first)
 {
-    static void (*next)(int);
-    if (next == NULL)
-        next = (void (*)(int))gpu_real_dlsym(RTLD_NEXT, "closefrom");
-    if (gpu_on())
-        gpu_files_closing(first < 0 ? 0u : (unsigned)first, ~0u);
-    next(first);
+    NEXT(closefrom);
+    first = first < 0 ? 0 : first;
+    if (files_are_ours())
+        gpu_files_closing((unsigned)first, ~0u);
+    if (next) {
+        next(first);
+        return;
+    }
+    for (int fd = first, end = getdtablesize(); fd < end; fd++)
+        sys_close(fd);
 }
 
 static int copied(int from, int to, int replaced)
 {
-    if (to >= 0 && to != from && gpu_on()) {
+    if (to >= 0 && to != from && files_are_ours()) {
         if (replaced)
             gpu_file_closing(to); /* what was there before */
         gpu_file_copied(from, to);

@@ -176,9 +176,9 @@ void gpu_object_freed(uint32_t token, int is_done)
         if (is_done)
             o->used = 0;
     }
-    /* The driver refused: they are still there, and may compute. */
+    /* The driver refused: they are still there, and may compute.  Not what another thread is freeing. */
     for (uint32_t i = 0; !is_done && i < count; i++)
-        if (objects[i].used && nv_is_channel(objects[i].hclass) && objects[i].slot < 0)
+        if (objects[i].used && !objects[i].freeing && nv_is_channel(objects[i].hclass) && objects[i].slot < 0)
             publish(&objects[i]);
     while (count > 0 && !objects[count - 1].used)
         count--;

@@ -34,7 +34,7 @@ typedef int entry_point(PARAMETERS);
 
 enum kind {
     NONE, ALLOC, PITCH, CREATE, ARRAY, ARRAY3D, MIPMAP, FREE, FREE_ARRAY, FREE_MIPMAP, RELEASE, RETAIN, MAP, UNMAP,
-    INFO, TOTAL, NVML_INFO, NVML_INFO2,
+    RESET, INFO, TOTAL, NVML_INFO, NVML_INFO2,
 };
 
 static const struct {
@@ -46,6 +46,7 @@ static const struct {
     {"cuMipmappedArrayCreate", MIPMAP}, {"cuMemFree", FREE}, {"cuMemFreeAsync", FREE}, {"cuArrayDestroy", FREE_ARRAY},
     {"cuMipmappedArrayDestroy", FREE_MIPMAP}, {"cuMemRelease", RELEASE}, {"cuMemRetainAllocationHandle", RETAIN},
     {"cuMemImportFromShareableHandle", RETAIN}, {"cuMemMap", MAP}, {"cuMemUnmap", UNMAP}, {"cuMemGetInfo", INFO},
+    {"cuDevicePrimaryCtxReset", RESET},
     {"cuDeviceTotalMem", TOTAL}, {"nvmlDeviceGetMemoryInfo", NVML_INFO}, {"nvmlDeviceGetMemoryInfo_v2", NVML_INFO2},
 };
 
@@ -155,10 +156,20 @@ static int is_known(enum kind kind, uint64_t key)
     return known;
 }
 
-static void forget_one(enum kind kind, uint64_t key)
+/* All that ends with its context. */
+static void forget_contexts(void)
 {
     pthread_mutex_lock(&lock);
-    forget(kind, key);
+    for (int n = 0; n < BUCKETS; n++)
+        for (struct allocation **at = &table[n], *gone; (gone = *at) != NULL;) {
+            if (gone->kind != ALLOC && gone->kind != ARRAY && gone->kind != MIPMAP) {
+                at = &gone->next;
+                continue;
+            }
+            *at = gone->next;
+            uncharge(gone->bytes);
+            free(gone);
+        }
     pthread_mutex_unlock(&lock);
 }
 
@@ -224,22 +235,23 @@ static int allocate(enum kind kind, entry_point *real, PARAMETERS)
 
 static int release(enum kind key, entry_point *real, PARAMETERS)
 {
-    /* Forgotten before the call: the address may be another allocation's when it returns. */
-    int known = is_known(key, (uint64_t)a);
-    uint64_t bytes = 0;
-    if (known) {
-        pthread_mutex_lock(&lock);
-        struct allocation *at = *place(key, (uint64_t)a);
-        bytes = at ? at->bytes : 0;
-        forget(key, (uint64_t)a);
-        pthread_mutex_unlock(&lock);
-    }
+    /* Forgotten before the call: the address or handle may be another allocation's when it returns. */
+    pthread_mutex_lock(&lock);
+    const struct allocation *at = *place(key, (uint64_t)a);
+    int known = at != NULL;
+    uint64_t bytes = known ? at->bytes : 0;
+    forget(key, (uint64_t)a);
+    pthread_mutex_unlock(&lock);
     int result = real(ARGUMENTS);
-    if (result != 0 && known && !is_known(key, (uint64_t)a)) {
-        atomic_fetch_add(&used_bytes, bytes); /* it is still there */
-        remember(key, (uint64_t)a, bytes, 0);
+    if (result == 0 || !known)
+        return result;
+    int is_gone = !is_known(key, (uint64_t)a);
+    if (is_gone) { /* it is still there */
+        atomic_fetch_add(&used_bytes, bytes);
         publish();
     }
+    if (is_gone || key == CREATE) /* which others may refer to */
+        remember(key, (uint64_t)a, bytes, 0);
     return result;
 }
 
@@ -281,10 +293,7 @@ static int run(enum kind kind, entry_point *real, PARAMETERS)
     case FREE: return release(ALLOC, real, ARGUMENTS);
     case FREE_ARRAY: return release(ARRAY, real, ARGUMENTS);
     case FREE_MIPMAP: return release(MIPMAP, real, ARGUMENTS);
-    case RELEASE:
-        if ((result = real(ARGUMENTS)) == 0)
-            forget_one(CREATE, (uint64_t)a);
-        return result;
+    case RELEASE: return release(CREATE, real, ARGUMENTS);
     case RETAIN: /* another reference, where it is one of ours */
         if ((result = real(ARGUMENTS)) == 0 && a && is_known(CREATE, *(uint64_t *)a))
             remember(CREATE, *(uint64_t *)a, 0, 0);
@@ -298,6 +307,10 @@ static int run(enum kind kind, entry_point *real, PARAMETERS)
     case UNMAP:
         if ((result = real(ARGUMENTS)) == 0)
             forget_mappings((uint64_t)a, (uint64_t)b);
+        return result;
+    case RESET: /* frees what was allocated, without a call that we would see */
+        if ((result = real(ARGUMENTS)) == 0)
+            forget_contexts();
         return result;
     default: return inform(kind, real, ARGUMENTS);
     }
@@ -412,6 +425,8 @@ LINKED(cuMemRetainAllocationHandle)
 LINKED(cuMemImportFromShareableHandle)
 LINKED(cuMemMap)
 LINKED(cuMemUnmap)
+LINKED(cuDevicePrimaryCtxReset)
+LINKED(cuDevicePrimaryCtxReset_v2)
 LINKED(cuMemGetInfo_v2)
 LINKED(cuDeviceTotalMem_v2)
 #endif

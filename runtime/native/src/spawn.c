@@ -7,6 +7,7 @@
 #include "state.h"
 #include "sys.h"
 
+#include <fcntl.h>
 #include <pthread.h>
 #include <sched.h>
 #include <signal.h>
@@ -50,6 +51,15 @@ static int make_gpu_pipe(void)
     if (result < 0)
         return (int)result;
     ends[0] = link_move_high(ends[0]);
+    if (ends[1] <= 2) { /* started with these closed: the helper has other use for them */
+        int above = sys_fcntl(ends[1], F_DUPFD_CLOEXEC, 3);
+        sys_close(ends[1]);
+        ends[1] = above;
+        if (above < 0) {
+            sys_close(ends[0]);
+            return above;
+        }
+    }
     SYS2(SYS_fstat, ends[0], &status);
     valve.gpu_pipe_inode = status.st_ino;
     valve.gpu_control_end = ends[1];

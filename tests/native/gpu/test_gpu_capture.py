@@ -3,14 +3,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 from gpu_captured import RAW, Captured
+from victims import build, compile_program, sanitizer_environment, unrandomized
 
 import fakenv
 from valve_agent import wire
@@ -98,6 +101,38 @@ def test_what_is_gone_is_not_listed(
     assert bool(captured.gone) == closed, "the agent hears of a closed file, and of no other"
     if "device with" not in what and "group with" not in what:
         assert captured.agrees(), what
+
+
+@pytest.mark.parametrize(
+    ("what", "code"),
+    [
+        ("a child by vfork that closes all it has", "r = subprocess.run(['/bin/true'])"),
+        ("one that opens and replaces files", "r = subprocess.run(['/bin/true'], stdin=subprocess.DEVNULL)"),
+        ("one by fork", "r = subprocess.run(['/bin/true'], preexec_fn=lambda: os.close(c.fd))"),
+    ],
+)
+def test_what_a_child_closes_is_still_listed(captured: Captured, what: str, code: str) -> None:
+    captured.run(f"import subprocess; made = [c.alloc(t['tsg'], {CHANNEL})[1] for _ in range(3)]")
+    before = captured.channels()
+    captured.actor.start(f"{code}; result = r.returncode")
+    served = 0
+    while not captured.answered():
+        with contextlib.suppress(TimeoutError):
+            link = captured.agent.accept(timeout_s=0.05)
+            link.welcome(wire.Role.OFFLINE, device=wire.Device.CPU)
+            served += 1
+        captured.frames(for_s=0.01)
+    assert captured.finish() == 0
+    assert served >= 1, "it was a process under libvalve"
+    captured.frames()
+    assert (captured.gone, len(captured.files)) == ([], 1), what
+    assert captured.channels() == before, what
+    captured.run(f"made.append(c.alloc(t['tsg'], {CHANNEL})[1]); c.free(made[0]); os.close(os.dup(c.fd))")
+    assert len(captured.channels()) == 3
+    assert captured.agrees(), what
+    captured.run("os.close(c.fd)")
+    captured.frames()
+    assert (captured.channels(), len(captured.gone)) == ([], 1), "its own close is still seen"
 
 
 def test_a_handle_used_again_is_a_new_channel(captured: Captured) -> None:
@@ -221,6 +256,24 @@ def test_under_the_sanitizers(
         assert captured.actor.process.poll() is None
     finally:
         captured.close()
+
+
+def test_tables_between_two_threads(tmp_path: Path) -> None:
+    """What is being freed is not listed, and a number is not given away while the agent holds it."""
+    source = Path(__file__).with_name("tables.c")
+    program = compile_program(tmp_path / "tables", source, *map(str, build.sources()), sanitize="address")
+    environment = {**os.environ, **sanitizer_environment()}
+    done = subprocess.run(unrandomized([str(program)]), env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines() == [
+        "made: first second",
+        "both under way:",
+        "the device refused: second",
+        "the channel refused: first second",
+        "number 0",
+        "while taken 1",
+        "let go 0",
+    ]
 
 
 def test_a_library_loaded_late_is_seen(new_captured: NewCaptured) -> None:

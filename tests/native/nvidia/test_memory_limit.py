@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
-from memory_rig import SLAB, Rig, wait_for
+from memory_rig import SLAB, Rig, Tenant, wait_for
+from victims import compile_program
 
 OUT_OF_MEMORY = 2
 HELD = """
@@ -62,6 +65,68 @@ def test_a_mapping_holds_the_charge_of_a_released_handle(rig: Rig) -> None:
     assert offline.run(ask) == OUT_OF_MEMORY
     offline.run("cu.unmap(base, 3 * SLAB)")
     assert offline.run(ask) == 0
+
+
+FREE = "result = cu.info()[0] // SLAB"
+REFUSED = 999
+
+
+@pytest.fixture
+def refusing(rig: Rig, tmp_path: Path) -> Tenant:
+    """A tenant of four slabs with a second libcuda, `other`, that does nothing and answers `answer`."""
+    source = Path(__file__).with_name("refusing.c")
+    library = compile_program(tmp_path / "libother.so", source, "-shared", "-fvisibility=default")
+    offline = rig.tenant("offline", "batch", memory="8Mi")
+    offline.run(f"other = ctypes.CDLL({str(library)!r}); answer = ctypes.c_int.in_dll(other, 'answer')")
+    offline.run(HELD + f"\nanswer.value = {REFUSED}")
+    return offline
+
+
+def test_a_release_that_is_refused_changes_nothing(refusing: Tenant) -> None:
+    refusing.run("base = cu.reserve(SLAB); made = cu.create(SLAB)")
+    release = "result = other.cuMemRelease(ctypes.c_uint64(made))"
+    for _ in range(3):
+        assert refusing.run(release) == REFUSED
+        assert refusing.run(FREE) == 3
+    refusing.run("cu.map(base, SLAB, made)")
+    for _ in range(3):
+        assert refusing.run(release) == REFUSED, "the handle, and a mapping that lives on without it"
+    refusing.run("cu('cuMemRelease', made)")
+    assert refusing.run(FREE) == 3
+    refusing.run("cu.unmap(base, SLAB)")
+    assert refusing.run(FREE) == 4
+
+
+def test_a_release_is_over_before_the_driver_gives_the_handle_away(refusing: Tenant) -> None:
+    """What another thread creates while the call returns may have the same handle: it must find none."""
+    refusing.run("""
+        import threading
+        made, seen, ctx = cu.create(SLAB), [], ctypes.c_void_p()
+        cu('cuCtxGetCurrent', ctypes.byref(ctx))
+        def count():
+            cu('cuCtxSetCurrent', ctx)
+            seen.append(cu.info()[0] // SLAB)
+        def look():
+            thread = threading.Thread(target=count)
+            thread.start(); thread.join()
+        keep = ctypes.CFUNCTYPE(None)(look)
+        ctypes.c_void_p.in_dll(other, 'during').value = ctypes.cast(keep, ctypes.c_void_p).value
+        answer.value = 0
+        other.cuMemRelease(ctypes.c_uint64(made)); look()
+    """)
+    assert refusing.run("result = seen") == [4, 4]
+
+
+def test_a_reset_of_the_context_frees_what_was_allocated(refusing: Tenant) -> None:
+    refusing.run("cu.alloc(SLAB); array(ctypes.addressof(h), 1); kept = cu.create(SLAB)")
+    reset = "result = other.cuDevicePrimaryCtxReset_v2(0)"
+    assert refusing.run(FREE) == 1
+    assert refusing.run(reset) == REFUSED
+    assert refusing.run(FREE) == 1
+    assert refusing.run(f"answer.value = 0; {reset}") == 0
+    assert refusing.run(FREE) == 3, "what no context has, lives on"
+    refusing.run("cu('cuMemRelease', kept)")
+    assert refusing.run(FREE) == 4
 
 
 def test_the_arena_and_allocations_share_one_limit(rig: Rig) -> None:

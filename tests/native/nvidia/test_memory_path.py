@@ -117,6 +117,7 @@ def test_arenas_that_are_refused(rig: Rig, slabs: int, sentence: str) -> None:
 
 
 def test_a_process_that_dies_gives_its_memory_back(rig: Rig) -> None:
+    wait_for("slabs made ahead", lambda: rig.ask()["ready"] >= 8)
     before = rig.ask()
     offline = rig.tenant("offline", "batch", slabs=8)
     offline.run("get(4); [put(s, 5) for s in held]; kept = cu.alloc(3 * SLAB)")
@@ -124,7 +125,7 @@ def test_a_process_that_dies_gives_its_memory_back(rig: Rig) -> None:
     offline.kill()
     wait_for("its slabs", lambda: rig.ask()["free"] == 8)
     wait_for("them to be ready", lambda: rig.ask()["ready"] >= 8)
-    wait_for("its files to be closed", lambda: rig.ask()["fds"] == before["fds"])
+    wait_for("its files to be closed", lambda: rig.ask()["fds"] <= before["fds"])
     wait_for("its own memory", lambda: rig.machine.status()["used_bytes"] == [rig.ask()["ready"] * SLAB])
     online = rig.tenant("online", "chat", slabs=8)
     assert online.run("get(8); result = [see(s) for s in sorted(held)]") == [0] * 8
