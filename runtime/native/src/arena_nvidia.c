@@ -17,7 +17,6 @@
 #include <dirent.h>
 #include <errno.h>
 #include <pthread.h>
-#include <signal.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
@@ -219,17 +218,8 @@ static void *memory_thread(void *nothing)
 static int serve_remaps(void)
 {
     struct timeval forever = {0, 0};
-    sigset_t all, before;
-    pthread_t thread;
     setsockopt(memory.sock, SOL_SOCKET, SO_RCVTIMEO, &forever, sizeof forever);
-    sigfillset(&all); /* signals are for the process's own threads */
-    pthread_sigmask(SIG_SETMASK, &all, &before);
-    int result = pthread_create(&thread, NULL, memory_thread, NULL);
-    pthread_sigmask(SIG_SETMASK, &before, NULL);
-    if (result != 0)
-        return -1;
-    pthread_detach(thread);
-    return 0;
+    return valve_start_thread(memory_thread) == 0 ? 0 : -1;
 }
 
 /* ---- opening ---- */

@@ -18,7 +18,6 @@
 #include <dlfcn.h>
 #include <limits.h>
 #include <pthread.h>
-#include <signal.h>
 #include <string.h>
 
 #define WRAPPERS 64
@@ -135,20 +134,11 @@ static void *symbol_of_cuda(const char *name)
 
 static void start_draining(void)
 {
-    sigset_t all, before;
-    pthread_t thread;
-    pthread_attr_t attributes;
     *(void **)&get_current = symbol_of_cuda("cuCtxGetCurrent");
     *(void **)&set_current = symbol_of_cuda("cuCtxSetCurrent");
     *(void **)&synchronize = symbol_of_cuda("cuCtxSynchronize");
-    if (!get_current || !set_current || !synchronize || pthread_attr_init(&attributes) != 0)
-        return; /* the agent's order stays unanswered, so the agent knows */
-    pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
-    sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &before);
-    atomic_store(&is_draining, pthread_create(&thread, &attributes, drain_main, NULL) == 0);
-    pthread_sigmask(SIG_SETMASK, &before, NULL);
-    pthread_attr_destroy(&attributes);
+    if (get_current && set_current && synchronize) /* else the agent's order stays unanswered, so it knows */
+        atomic_store(&is_draining, valve_start_thread(drain_main) == 0);
 }
 
 /* -- finding ----------------------------------------------------------------------------- */

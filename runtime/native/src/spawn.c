@@ -25,22 +25,24 @@ static void *thread_main(void *nothing)
     return NULL;
 }
 
-int valve_spawn_thread(void)
+int valve_start_thread(void *(*run)(void *))
 {
     sigset_t all, before;
     pthread_t thread;
     pthread_attr_t attributes;
-    sigfillset(&all);
+    sigfillset(&all); /* signals are for the process's own threads */
     int result = pthread_attr_init(&attributes);
     if (result != 0)
         return -result;
     pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
     pthread_sigmask(SIG_SETMASK, &all, &before);
-    result = pthread_create(&thread, &attributes, thread_main, NULL);
+    result = pthread_create(&thread, &attributes, run, NULL);
     pthread_sigmask(SIG_SETMASK, &before, NULL);
     pthread_attr_destroy(&attributes);
     return -result;
 }
+
+int valve_spawn_thread(void) { return valve_start_thread(thread_main); }
 
 /* By which the process's threads hand driver files to the control loop.  The control loop's end, or -errno. */
 static int make_gpu_pipe(void)

@@ -136,5 +136,7 @@ void valve_control_run(int in_helper); /* never returns */
 /* spawn.c: start the control loop; -errno, or 0 (thread), or the helper's pid */
 int valve_spawn_thread(void);
 int valve_spawn_helper(void);
+/* spawn.c: a detached thread that takes no signals; -errno or 0 */
+int valve_start_thread(void *(*run)(void *));
 
 #endif
