@@ -22,7 +22,7 @@ from valve_agent.connection import Connection, Kind
 from valve_agent.devices.base import DeviceError, MemoryPool
 from valve_agent.devices.cpu.kernel import set_slice
 from valve_agent.events import EventLog, Labelled
-from valve_agent.gate_link import GateDied, GateError, HoldTimeout
+from valve_agent.gate_link import GateDied, GateError, GateRefused, HoldTimeout
 from valve_agent.gpu_limits import GpuLimits
 from valve_agent.gpu_watch import GpuWatch
 from valve_agent.holds import Gate, HoldWorker
@@ -435,9 +435,7 @@ class Agent:
         """Where the gate could not pause what it lost it tries again with every heartbeat."""
         try:
             self.gate.remove(connection)
-        except GateDied:
-            raise
-        except GateError as error:
+        except GateRefused as error:
             self.events.emit("uncontrollable", level="error", why=str(error))
 
     def _process_gone(self, process: Process) -> None:
@@ -468,9 +466,7 @@ class Agent:
             before, self._unscanned = self._unscanned, ""
             try:
                 self.gate.set_scanned(self._scan.found)
-            except GateDied:
-                raise
-            except GateError as error:
+            except GateRefused as error:
                 self._unscanned = str(error)
                 if self._unscanned != before:
                     self.events.emit("uncontrollable", level="error", why=self._unscanned)

@@ -9,6 +9,7 @@ GateDied; the agent must then exit too (offline runtimes stop themselves when th
 
     GateError              the gate refused or did not manage
     ├── GateDied           its process is gone
+    ├── GateRefused        it lives, and says why not
     └── HoldTimeout        offline was not evicted in time; the hold is withdrawn
 """
 
@@ -33,7 +34,16 @@ from valve_agent.gate import MESSAGE_BYTES, GateSettings
 from valve_agent.gate_stats import GateStats, StatsReader
 from valve_agent.pidfds import has_ended
 
-__all__ = ["GateDied", "GateError", "GateHandle", "GateSettings", "GateStats", "HoldResult", "HoldTimeout"]
+__all__ = [
+    "GateDied",
+    "GateError",
+    "GateHandle",
+    "GateRefused",
+    "GateSettings",
+    "GateStats",
+    "HoldResult",
+    "HoldTimeout",
+]
 
 _BOOT = (
     "import sys; sys.path.insert(0, sys.argv[1]); from valve_agent.gate_main import main; main(sys.argv[2:])"
@@ -43,10 +53,14 @@ _EVENTS_BUFFER_BYTES = 1 << 20
 
 
 class GateError(Exception):
-    """The gate refused, with its reason."""
+    """The gate did not do it; the message says why."""
 
 
 class GateDied(GateError):
+    pass
+
+
+class GateRefused(GateError):
     pass
 
 
@@ -142,14 +156,14 @@ class GateHandle:
     def add_target(self, conn: int, pid: int, pidfd: int, page_fd: int, barrier: bool) -> None:
         """An offline process; on return it is paused if the gate is closed, and running if it is open.
         `barrier`: it registered for membarrier (HelloFlag.BARRIER). Descriptors stay the caller's.
-        Raises GateError if it cannot be controlled: such a process must be refused."""
+        Raises GateRefused if it cannot be controlled: such a process must be refused."""
         self._call("target", (conn, pid, barrier), pidfd, page_fd)
         self._registered[conn] = pid
         self._scanned.discard(pid)  # the gate has moved it
 
     def supply(self, conn: int, number: int, fds: Sequence[int]) -> None:
         """Descriptors of an offline process that the device needs; see ComputeControl.supply. They stay the
-        caller's. Raises GateError: such a process must be refused."""
+        caller's. Raises GateRefused: such a process must be refused."""
         self._call("supply", (conn, number), *fds)
 
     def withdraw(self, conn: int, number: int) -> None:
@@ -164,29 +178,25 @@ class GateHandle:
     def set_scanned(self, pids: Mapping[int, int]) -> None:
         """All processes of offline subtrees that did not register: pid -> pidfd, which stay the caller's.
         Leave out launchers and address-space helpers: a stopped helper cannot remap. A registered
-        process among them is ignored. One that is gone is ignored too; raises GateError for one that
+        process among them is ignored. One that is gone is ignored too; raises GateRefused for one that
         cannot be controlled."""
         refused = []
         for pid in self._scanned - pids.keys():
             try:
                 self._call("scan_remove", (pid,))
-            except GateDied:
-                raise
-            except GateError as error:
+            except GateRefused as error:
                 refused.append(str(error))
         self._scanned &= pids.keys()
         for pid in sorted(pids.keys() - self._scanned - set(self._registered.values())):
             try:
                 self._call("scan_add", (pid,), pids[pid])
-            except GateDied:
-                raise
-            except GateError as error:
+            except GateRefused as error:
                 if not has_ended(pids[pid]):
                     refused.append(str(error))
                 continue
             self._scanned.add(pid)
         if refused:
-            raise GateError("; ".join(refused))
+            raise GateRefused("; ".join(refused))
 
     # -- holds -----------------------------------------------------------------------------
 
@@ -223,11 +233,11 @@ class GateHandle:
                 return HoldResult(asked_ns, held_ns)
 
     def release(self) -> None:
-        """End one hold. Raises GateError if there is none."""
+        """End one hold. Raises GateRefused if there is none."""
         try:
             token = self._held.pop()
         except IndexError as error:
-            raise GateError("release without a hold") from error
+            raise GateRefused("release without a hold") from error
         self._send_hold(False, token)
 
     def _send_hold(self, wanted: bool, token: int) -> None:
@@ -289,7 +299,7 @@ class GateHandle:
             raise self._died()
         refusal = marshal.loads(data)
         if refusal is not None:
-            raise GateError(refusal)
+            raise GateRefused(refusal)
 
     def _died(self) -> GateDied:
         code = self._process.poll()

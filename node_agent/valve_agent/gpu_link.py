@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 
 from valve_agent import wire
-from valve_agent.gate_link import GateDied, GateError
+from valve_agent.gate_link import GateRefused
 from valve_agent.holds import Gate
 from valve_agent.identity import IdentityError
 from valve_agent.registry import Process
@@ -38,9 +38,7 @@ def on_frame(gate: Gate, process: Process, frame: wire.Frame, fds: list[int]) ->
         elif isinstance(frame, wire.GpuFileGone) and frame.kind == wire.GpuFileKind.CTL:
             gate.withdraw(process.link.connection, int(frame.number))
             process.gpu_files.discard(int(frame.number))
-    except GateDied:
-        raise
-    except GateError as error:
+    except GateRefused as error:
         raise IdentityError(
             RejectCode.EPROTO, f"process {process.pid} cannot be controlled on the GPU: {error}"
         ) from error

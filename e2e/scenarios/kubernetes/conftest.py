@@ -156,7 +156,7 @@ def pytest_runtest_makereport(
         kept = ROOT / "build/failures" / f"{item.name}.log"
         kept.parent.mkdir(parents=True, exist_ok=True)
         restarts = product.restarts(running[-1].kubectl)
-        kept.write_text(restarts + running[-1].log_tails(lines=500))
+        kept.write_text(f"{restarts}\n{running[-1].log_tails(lines=500)}")
         brief = running[-1].log_tails(lines=2, width=200)
         report.sections.append((f"cluster logs; more of them in {kept.relative_to(ROOT)}", brief))
         if restarts:
